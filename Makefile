@@ -1,0 +1,62 @@
+# Two environments, both ends of the version range: .venv (newest, constraints.txt) and .venv-colab (constraints-colab.txt).
+# The package itself is installed into neither: the notebook has to bring its own copy, and a broken one must show.
+PYTHON ?= python3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(item for name in sys.argv[1:] for item in extras[name]), sep="\n")
+DEMO = outputs/demo
+REAL_MODEL = outputs/models/smollm2-135m
+
+.PHONY: demo test test-colab test-environments lint notebooks recipe-search real-run clean
+
+demo: .venv/.installed
+	mkdir -p $(DEMO)
+	.venv/bin/python -m papermill colab_dpo_training.ipynb $(DEMO)/colab_dpo_training.ipynb \
+		-f tests/demo_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300
+
+test: .venv/.installed lint
+	.venv/bin/python -m pytest
+
+test-colab: .venv-colab/.installed
+	.venv-colab/bin/python -m pytest -m versions
+
+test-environments: .venv/.installed
+	.venv/bin/python -m pytest tests/environments -m environments
+
+lint: .venv/.installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+notebooks:
+	$(PYTHON) tools/embed_helpers.py
+
+$(REAL_MODEL)/config.json: | .venv/.installed
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt gguf
+	.venv/bin/python tools/build_real_model.py $(REAL_MODEL)
+
+recipe-search: $(REAL_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/recipe_search.py $(REAL_MODEL) outputs/recipe_search.jsonl
+
+# 1,000 rows by the default recipe, then the same without the warm-up. About two hours on two cores; run it in the background.
+real-run: $(REAL_MODEL)/config.json
+	for epochs in default 0; do \
+		test -f outputs/real/sft-$$epochs/metrics.json || .venv/bin/python -m dpo_helpers train \
+			--set model_name=$(REAL_MODEL) $$(test $$epochs = default || echo --set sft_epochs=$$epochs) --run-dir outputs/real/sft-$$epochs || exit 1; \
+	done
+
+.venv/.installed: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt torch
+	.venv/bin/python -c '$(EXTRAS)' test notebook > .venv/extras.txt
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -r requirements.txt -r .venv/extras.txt
+	touch $@
+
+.venv-colab/.installed: requirements.txt constraints-colab.txt pyproject.toml
+	$(PYTHON) -m venv .venv-colab
+	.venv-colab/bin/python $(PIP_INSTALL) -c constraints-colab.txt torch
+	.venv-colab/bin/python -c '$(EXTRAS)' test > .venv-colab/extras.txt
+	.venv-colab/bin/python $(PIP_INSTALL) -c constraints-colab.txt -r requirements.txt -r .venv-colab/extras.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-colab outputs

@@ -1,0 +1,55 @@
+"""Turns questions into answers with a given model; it neither loads nor trains one."""
+
+from dpo_helpers.preferences import make_prompt, strip_question
+
+
+def encode_question(tokenizer, question: str) -> list[int]:
+    """Return the prompt's token ids: the chat template's where the tokenizer has one, else the project's template's.
+
+    A question with 質問: in front gives the same ids as without.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": strip_question(question)}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(make_prompt(question))["input_ids"]
+
+
+def generate_response(
+    model, tokenizer, questions, max_new_tokens: int = 80, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None,
+    batch_size: int = 16,
+):  # fmt: skip
+    """Answer one question (str in, str out) or a list of them (list in, list out), without the prompt.
+
+    `temperature` 0 is greedy; above it, tokens are drawn from the smallest set with probability `top_p`, reproducibly
+    with `seed` and without touching the caller's random state. An answer ends at EOS or after `max_new_tokens`; half a
+    character at that limit is dropped.
+    """
+    if isinstance(questions, str):
+        return generate_response(model, tokenizer, [questions], max_new_tokens, temperature, top_p, seed, batch_size)[0]
+    import torch
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    prompts = [encode_question(tokenizer, question) for question in questions]
+    answers, was_training = [], model.training
+    model.eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            # (batch, prompt tokens), padded on the left so that every answer begins in the same column
+            batch = tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, padding_side="left", return_tensors="pt")
+            ids = model.generate(
+                **batch.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=find_stop_tokens(model, tokenizer), **sampling,
+            )  # fmt: skip
+            new_ids = ids[:, batch["input_ids"].shape[1] :]
+            answers += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    model.train(was_training)
+    return [answer.rstrip("\ufffd").strip() for answer in answers]
+
+
+def find_stop_tokens(model, tokenizer) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's EOS, and those of the model (a chat model may end its turn otherwise)."""
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *(token for token in ids if token is not None)})

@@ -1,0 +1,159 @@
+"""Loads a tokenizer and a base model (Hub, folder or the embedded one) and describes the LoRA that is put on it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from dpo_helpers.config import RunConfig, UserError
+
+EMBEDDED = "embedded"
+CHOICES = 'ローカルのフォルダーを MODEL_NAME に書くか、その場で作る小さなモデル MODEL_NAME = "embedded" を選んでください。'
+
+
+def load_base_model(name: str, rows: list[dict] | None = None, seed: int = 0):
+    """Return (model in float32, tokenizer with a pad token) for a Hub name, a local folder or "embedded".
+
+    `rows` are the training side's rows, which "embedded" alone needs. Only safetensors files are opened and no code from
+    a repository is run. Raises UserError where the name, the folder or the network is the reason.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_embedded_model(rows, seed) if name == EMBEDDED else find_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"モデル {name} を読み込めません。理由：{error}\n別のモデルを選んでください。{CHOICES}") from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"モデル {name} のトークナイザーに終端記号（EOS）がありません。別のモデルを選んでください。{CHOICES}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def find_model(name: str) -> str:
+    """Return `name` if it is a usable folder or a model that the Hub (or its local cache) has; else raise UserError."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        missing = [what for what, there in (
+            ("config.json", (folder / "config.json").is_file()),
+            ("*.safetensors", any(folder.glob("*.safetensors"))),
+        ) if not there]  # fmt: skip
+        if missing:
+            raise UserError(f"フォルダー {folder} にモデルがありません（足りないもの：{', '.join(missing)}）。{CHOICES}")
+        return str(folder)
+    if name.count("/") > 1 or name.startswith((".", "~", "/")) or folder.exists():
+        raise UserError(f"モデルのフォルダー {name} が見つかりません。パスを確かめてください。{CHOICES}")
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        hf_hub_download(name, "config.json")
+    except GatedRepoError:
+        raise UserError(
+            f"モデル {name} は利用の申請が必要です。Hugging Face のページで申請し、huggingface_hub の login() を済ませてください。"
+        ) from None
+    except (RepositoryNotFoundError, ValueError):
+        raise UserError(f"モデル {name} が Hugging Face Hub に見つかりません。名前のつづりを確かめてください。{CHOICES}") from None
+    except (OSError, HfHubHTTPError) as error:
+        # LocalEntryNotFoundError, "nothing cached and no way to ask", is both an EntryNotFoundError and a FileNotFoundError.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+            raise UserError(f"{name} には config.json がなく、モデルとして読めません。{CHOICES}") from None
+        raise UserError(
+            f"モデル {name} を取得できません。Hugging Face Hub につながらず、手元にも保存されていません。"
+            f"ネットワークを確かめるか、{CHOICES}"
+        ) from None
+    return name
+
+
+def make_lora_config(config: RunConfig, model):
+    """Describe the adapter. GPT-2's Conv1D layers keep their weight as (in, out), which PEFT calls fan_in_fan_out."""
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    targets = {"all-linear": "all-linear", "default": None}
+    names = [name.strip() for name in config.lora_targets.split(",")]
+    if config.lora_targets not in targets:
+        present = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
+        if absent := [name for name in names if name not in present]:
+            raise UserError(f"LORA_TARGETS の {', '.join(absent)} という層はこのモデルにありません。all-linear を選んでください。")
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,  # TRL's DPOTrainer switches every dropout off, so that another value would be a lie
+        target_modules=targets.get(config.lora_targets, names),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """Return (trainable, total) numbers of parameters; a frozen copy of the adapter counts in neither."""
+    own = [(name, parameter) for name, parameter in model.named_parameters() if ".ref." not in name]
+    return sum(p.numel() for _, p in own if p.requires_grad), sum(p.numel() for _, p in own)
+
+
+def check_trainable_precision(model) -> None:
+    """Raise if a trainable parameter is not float32: fp16 gradients cannot be unscaled, and bf16 ones lose small steps."""
+    import torch
+
+    wrong = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong:
+        raise UserError(
+            f"学習する重みのうち {len(wrong)} 個が float32 ではありません（最初：{wrong[0]}）。"
+            "このまま学習すると値が壊れます。ランタイムを再起動して、最初のセルから実行してください。"
+        )
+
+
+def make_embedded_model(rows: list[dict], seed: int) -> Path:
+    """Train a tiny Japanese GPT-2 (about 1 M parameters) on the rows' chosen and rejected answers; return its folder.
+
+    The rows must be the training side's alone. The result is cached by rows and seed under the user's cache folder, and
+    written aside first, so that an interrupted build is never taken for a finished one.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+
+    recipe = {"layers": 3, "width": 128, "heads": 4, "vocabulary": 1600, "steps": 260, "batch": 16, "peak_rate": 3e-3}
+    texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+    key = hashlib.sha256(json.dumps([recipe, seed, texts], ensure_ascii=False).encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_helpers" / f"embedded-{key}"
+    if folder.is_dir():
+        return folder
+
+    end = "<|endoftext|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=recipe["vocabulary"], special_tokens=[end], initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=end)
+
+    set_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=recipe["width"], n_layer=recipe["layers"],
+                   n_head=recipe["heads"], bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["peak_rate"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe["peak_rate"], total_steps=recipe["steps"])
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(recipe["steps"]):
+        picked = [texts[i] + end for i in torch.randint(len(texts), (recipe["batch"],), generator=draw)]
+        batch = tokenizer(picked, return_tensors="pt", padding=True, padding_side="right")
+        # pad and EOS are one token here: only what the attention mask hides is left out of the loss
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.eval().save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if not folder.is_dir():
+        aside.rename(folder)
+    return folder

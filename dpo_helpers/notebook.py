@@ -1,0 +1,80 @@
+"""What the cells of the notebooks need of IPython: injected values, quiet libraries, tables; nothing here trains or measures."""
+
+import ast
+import random
+
+from dpo_helpers.preferences import strip_question
+
+
+def injected(name: str, default):
+    """Return the value that papermill injected for a switch, else `default`, the one in the cell's form.
+
+    papermill puts its cell behind the one tagged `parameters`; a switch in a later cell would overwrite what it set.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    cells = [] if shell is None else shell.user_ns.get("In", [])
+    source = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    return default
+
+
+def quiet_libraries() -> None:
+    """Leave only messages that a reader can act on: no progress bars of data preparation, no deprecation notes of libraries."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
+    logging.getLogger("trl").setLevel(logging.ERROR)
+
+
+def show_table(rows: list[dict]):
+    """Return rows as a table that a notebook shows in full, with wrapped text and no row numbers."""
+    import pandas
+
+    style = pandas.DataFrame(rows).style.hide(axis="index").format(precision=4)
+    left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
+    return style.set_properties(**left).set_table_styles([{"selector": "th", "props": [("text-align", "left")]}])
+
+
+def pick_rows(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """Pick rows of different concepts to look at or to ask, the same ones for the same seed."""
+    order = sorted(range(len(rows)), key=lambda _, draw=random.Random(seed): draw.random())
+    picked = {}
+    for i in order:
+        picked.setdefault(rows[i].get("concept") or rows[i]["prompt"], rows[i])
+    return list(picked.values())[:count]
+
+
+def show_rows(rows: list[dict]):
+    """Show preference rows with Japanese headings."""
+    return show_table(
+        [{"質問": strip_question(row["prompt"]), "良い回答（chosen）": row["chosen"], "悪い回答（rejected）": row["rejected"],
+          "悪さの種類": row.get("rejection_kind", "")} for row in rows]
+    )  # fmt: skip
+
+
+def answer_stages(model, tokenizer, rows: list[dict]):
+    """Answer the rows' questions greedily with the base model, the warmed-up one (if any) and the present one."""
+    from dpo_helpers.evaluation import use_stage
+    from dpo_helpers.inference import generate_response
+
+    questions = [strip_question(row["prompt"]) for row in rows]
+    table = {"質問": questions}
+    stages = {"base": "① ベースモデル", "reference": "② 教師あり学習の後", "policy": "③ DPO の後"}
+    if "ref" not in model.peft_config:
+        del stages["reference"]
+    for stage, heading in stages.items():
+        with use_stage(model, stage):
+            table[heading] = generate_response(model, tokenizer, questions)
+    table["お手本（chosen）"] = [row["chosen"] for row in rows]
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
