@@ -7,12 +7,13 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 
-.PHONY: demo test test-colab test-environments lint notebooks recipe-search real-run clean
+.PHONY: demo test test-colab test-environments lint notebooks recipe-search real-run real-run-1000 real-run-300 clean
 
 demo: .venv/.installed
 	mkdir -p $(DEMO)
 	.venv/bin/python -m papermill colab_dpo_training.ipynb $(DEMO)/colab_dpo_training.ipynb \
-		-f tests/demo_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300
+		-f tests/demo_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
+	.venv/bin/python tools/check_demo.py $(DEMO)
 
 test: .venv/.installed lint
 	.venv/bin/python -m pytest
@@ -37,11 +38,17 @@ $(REAL_MODEL)/config.json: | .venv/.installed
 recipe-search: $(REAL_MODEL)/config.json
 	PYTHONPATH=. .venv/bin/python tools/recipe_search.py $(REAL_MODEL) outputs/recipe_search.jsonl
 
-# 1,000 rows by the default recipe, then the same without the warm-up. About two hours on two cores; run it in the background.
-real-run: $(REAL_MODEL)/config.json
-	for epochs in default 0; do \
-		test -f outputs/real/sft-$$epochs/metrics.json || .venv/bin/python -m dpo_helpers train \
-			--set model_name=$(REAL_MODEL) $$(test $$epochs = default || echo --set sft_epochs=$$epochs) --run-dir outputs/real/sft-$$epochs || exit 1; \
+# The default recipe on the really pretrained model, with the warm-up and without; 4 x 1 gives the losses of 1 x 4, sooner.
+# A finished run is not repeated. On two cores: 300 rows about 25 minutes, 1,000 rows about 80; run it in the background.
+REAL_SETTINGS = --set model_name=$(REAL_MODEL) --set per_device_train_batch_size=4 --set gradient_accumulation_steps=1
+real-run: real-run-1000
+
+real-run-1000 real-run-300: real-run-%: $(REAL_MODEL)/config.json
+	for epochs in 2 0; do \
+		run=outputs/real-$*/sft-$$epochs; \
+		test -f $$run/metrics.json || .venv/bin/python -m dpo_helpers train $(REAL_SETTINGS) --set sft_epochs=$$epochs \
+			--set num_samples=$* --run-dir $$run || exit 1; \
+		PYTHONPATH=. .venv/bin/python tools/show_answers.py $$run | tee $$run/answers.md; \
 	done
 
 .venv/.installed: requirements.txt constraints.txt pyproject.toml

@@ -84,9 +84,7 @@ def summarize_scores(scores: list[dict], beta: float) -> dict:
 
     The loss is the sigmoid one whatever `loss_type` trained the policy, so that runs can be compared. A tie counts as wrong.
     """
-    margins = [
-        beta * ((s["policy_chosen"] - s["reference_chosen"]) - (s["policy_rejected"] - s["reference_rejected"])) for s in scores
-    ]
+    margins = [beta * ((s["policy_chosen"] - s["reference_chosen"]) - (s["policy_rejected"] - s["reference_rejected"])) for s in scores]
     count = len(margins)
     return {
         "rows": count,

@@ -41,7 +41,10 @@ def plot_training(log_history: list[dict], path=None):
     )
     for axis, (key, label, title, level, level_label) in zip(axes.flat, panels, strict=False):
         axis.axhline(level, color=grey, linestyle=":", label=level_label)
-        for name, text, style in (("training", "学習", {"color": blue}), ("held_out", "評価（学習に使わない概念）", {"color": orange, "marker": "o"})):
+        for name, text, style in (
+            ("training", "学習", {"color": blue}),
+            ("held_out", "評価（学習に使わない概念）", {"color": orange, "marker": "o"}),
+        ):
             axis.plot(curves[name]["step"], curves[name][key], label=text, **style)
         axis.set(title=title, xlabel="ステップ", ylabel=label)
         axis.legend(fontsize=9)
@@ -94,9 +97,25 @@ def describe_metrics(metrics: dict) -> list[dict]:
         {"項目": "最後の損失（学習用）", "値": f"{metrics['final_train_loss']:.4f}", "見方": "最後の 1 割のステップの平均"},
         {"項目": f"損失（評価用 {held_out['rows']} 行）", "値": f"{held_out['loss']:.4f}", "見方": "0.6931 より小さいほど良い"},
         {"項目": "正解率（評価用）", "値": f"{held_out['accuracy']:.1%}", "見方": "当てずっぽうなら 50 %"},
-        {"項目": "マージン（評価用）", "値": f"{held_out['margin']:.3f}", "見方": "学習前は 0。大きいほど、二つの回答をはっきり区別している"},
-        {"項目": "良い回答の対数確率の変化", "値": f"{held_out['chosen_log_prob_change']:+.2f}", "見方": "1 回答あたり（nat）。下がることも多い"},
-        {"項目": "悪い回答の対数確率の変化", "値": f"{held_out['rejected_log_prob_change']:+.2f}", "見方": "良い回答より大きく下がるのが狙い"},
-        {"項目": "速さ", "値": f"{metrics['pairs_per_second']:.2f} 組/秒", "見方": f"DPO {seconds['training']:.0f} 秒、教師あり学習 {seconds['sft']:.0f} 秒"},
+        {
+            "項目": "マージン（評価用）",
+            "値": f"{held_out['margin']:.3f}",
+            "見方": "学習前は 0。大きいほど、二つの回答をはっきり区別している",
+        },
+        {
+            "項目": "良い回答の対数確率の変化",
+            "値": f"{held_out['chosen_log_prob_change']:+.2f}",
+            "見方": "1 回答あたり（nat）。下がることも多い",
+        },
+        {
+            "項目": "悪い回答の対数確率の変化",
+            "値": f"{held_out['rejected_log_prob_change']:+.2f}",
+            "見方": "良い回答より大きく下がるのが狙い",
+        },
+        {
+            "項目": "速さ",
+            "値": f"{metrics['pairs_per_second']:.2f} 組/秒",
+            "見方": f"DPO {seconds['training']:.0f} 秒、教師あり学習 {seconds['sft']:.0f} 秒",
+        },
         {"項目": "メモリーの最大", "値": f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB", "見方": "GPU があれば GPU、なければこの処理全体"},
     ]

@@ -48,7 +48,8 @@ def show_table(rows: list[dict]):
 
 def pick_rows(rows: list[dict], count: int, seed: int) -> list[dict]:
     """Pick rows of different concepts to look at or to ask, the same ones for the same seed."""
-    order = sorted(range(len(rows)), key=lambda _, draw=random.Random(seed): draw.random())
+    draw = random.Random(seed)
+    order = sorted(range(len(rows)), key=lambda _: draw.random())
     picked = {}
     for i in order:
         picked.setdefault(rows[i].get("concept") or rows[i]["prompt"], rows[i])

@@ -8,25 +8,19 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 from dpo_helpers.config import UserError
-from dpo_helpers.packages import (
-    FRESH_RUNTIME,
+from dpo_helpers.conflicts import (
     PROJECT,
     REQUIREMENTS,
     Conflict,
     Packages,
-    check_may_install,
-    cure,
     find_closure,
     find_conflicts,
-    find_new_conflicts,
     find_untouchable,
-    format_table,
     list_changes,
-    restore,
-    run_pip,
     snapshot_packages,
     split_components,
 )
+from dpo_helpers.packages import FRESH_RUNTIME, check_may_install, cure, format_table, restore, run_pip
 from dpo_helpers.runtime import find_stale_modules, report_restart, run_trial
 
 
@@ -99,7 +93,11 @@ def explain(conflict: Conflict, packages: Packages) -> tuple[str, str, str, str]
         meaning, moved = f"学習は動きます。{conflict.package} だけが困ります", conflict.package
     elif moved in untouchable:
         moved = conflict.package
-    return (*found, meaning, "直せません" if moved in untouchable | {PROJECT} else f"{moved} を合う版にします")
+    return (
+        *found,
+        meaning,
+        "直せません" if moved in untouchable | {PROJECT} else f"{moved} を{'合う版にします' if moved in packages else '入れます'}",
+    )
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
@@ -107,7 +105,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     packages, trial = snapshot_packages(), diagnosis.trial
     if trial:
         print(
-            f"試し学習: 「{trial['failed']}」で失敗しました。\n  {trial['error'].splitlines()[-1][:200]}"
+            f"試し学習: 「{trial['failed']}」で失敗しました。\n  {trial['error'][:300]}"
             if trial["failed"]
             else f"試し学習: 成功しました（GPU: {trial['cuda'] or 'なし'}）。"
         )
@@ -128,12 +126,11 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         print(f"診断: 試し学習の失敗の原因が、パッケージの情報からは分かりません。\n{FRESH_RUNTIME}")
 
 
-def is_worse(before: Diagnosis, after: Diagnosis) -> bool:
-    """A new conflict, a trial that comes less far, or a GPU that no longer answers."""
-    if find_new_conflicts(before.conflicts, after.conflicts) or not (before.trial and after.trial):
-        return bool(find_new_conflicts(before.conflicts, after.conflicts))
-    lost_gpu = before.trial["cuda"] and not after.trial["cuda"]
-    return bool(lost_gpu) or len(after.trial["passed"]) < len(before.trial["passed"])
+def is_worse(before: dict | None, after: dict | None) -> bool:
+    """Whether the trial comes less far than before, or the GPU no longer answers."""
+    if not before or not after:
+        return False
+    return len(after["passed"]) < len(before["passed"]) or bool(before["cuda"] and not after["cuda"])
 
 
 def repair_environment(diagnosis: Diagnosis, metadata_only: bool = False) -> Diagnosis:
@@ -147,19 +144,22 @@ def repair_environment(diagnosis: Diagnosis, metadata_only: bool = False) -> Dia
         command = ("install", "--force-reinstall", "--no-deps", f"{name}=={before[name].version}")
         print("$ pip " + " ".join(command))
         if words := run_pip(*command, label="入れ直しています"):
-            print(f"{name} を入れ直せませんでした。pip の言葉:\n{words}")
+            print(f"{name} を入れ直せませんでした。理由:\n{words}")
     for component in split_components(diagnosis.ours):
         if words := cure(component, REQUIREMENTS, "修復しています"):
-            print(f"直せませんでした（元のままです）: {', '.join(c.requirement for c in component)}。pip の言葉:\n{words}")
+            print(f"直せませんでした（元のままです）: {', '.join(c.requirement for c in component)}。理由:\n{words}")
     changes = list_changes(before, snapshot_packages())
     after = diagnose(metadata_only)
-    if changes and is_worse(diagnosis, after):
+    if changes and is_worse(diagnosis.trial, after.trial):
         print("修復の前より悪くなりました。")
         restore(before)
+        print(f"元に戻しました。{FRESH_RUNTIME}")
         return diagnosis
     for name, (old, new) in changes.items():
         print(f"  {name}: {old or 'なし'} → {new or '削除'}")
     print_diagnosis(after)
+    if after.exit_code == 1:
+        print(f"QUICK_FIX では直せないものが残りました。学習が動かないときは、次のようにしてください。\n{FRESH_RUNTIME}")
     return replace(after, stale=find_stale_modules(changes))
 
 
@@ -171,7 +171,8 @@ def quick_fix(repair: bool = False, auto_restart: bool = False, metadata_only: b
         diagnosis = repair_environment(diagnosis, metadata_only)
     elif diagnosis.exit_code == 1 and not diagnosis.torch_replaced:
         print("QUICK_FIX = True でこのセルをもう一度実行すると（端末では doctor --fix）、表のとおりに直します。")
-    report_restart(diagnosis.stale, auto_restart)
+    if diagnosis.stale or diagnosis.exit_code != 1:
+        report_restart(diagnosis.stale, auto_restart)
     return diagnosis
 
 

@@ -4,15 +4,12 @@ Run as a script, it is that fresh interpreter's trial; so it imports nothing of 
 """
 
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-Changes = dict[str, tuple[str | None, str | None]]  # name → (old version, new version); None: absent
 
 
 def find_process_start() -> float:
@@ -24,26 +21,31 @@ def find_process_start() -> float:
     return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def find_stale_modules(changes: Changes | None = None) -> list[str]:
+def find_stale_modules(changes: dict[str, tuple[str | None, str | None]] | None = None) -> list[str]:
     """Distributions that this process imported in another version than the one now on disk.
 
-    `changes` are what pip did just now: they tell for modules without a `__version__`. For the rest
-    it is compared, but only in distributions written after the process started: a module may
-    always have disagreed with its metadata.
+    `changes`, name → (old version, new version), are what pip did just now: they tell for modules without a
+    `__version__`. For the rest that is compared, but only where the disk is younger than this process: some modules
+    always disagree with their metadata.
     """
     stale, started = set(), find_process_start()
     for record in (record for folder in sys.path for record in Path(folder).glob("*.dist-info/RECORD")):
         if record.stat().st_mtime < started:
             continue
-        distribution = importlib.metadata.Distribution.at(record.parent)
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
+        name, version = record.parent.name.removesuffix(".dist-info").split("-")[:2]
+        name = re.sub(r"[-_.]+", "-", name).lower()
         moved = (changes or {}).get(name, (None,))[0] is not None
-        for module in {file.parts[0].removesuffix(".py") for file in distribution.files or ()} & set(sys.modules):
+        files = importlib.metadata.Distribution.at(record.parent).files or ()
+        for module in {file.parts[0].removesuffix(".py") for file in files} & set(sys.modules):
             loaded = getattr(sys.modules[module], "__version__", None)
-            differs = isinstance(loaded, str) and loaded.split("+")[0] != distribution.version.split("+")[0]
-            if moved or differs:
+            if moved or (isinstance(loaded, str) and split_version(loaded) != split_version(version)):
                 stale.add(name)
     return sorted(stale)
+
+
+def split_version(version: str) -> list[int]:
+    """The numbers of a version: a module may say 2025.06.15 or 2.13.0+cpu where its metadata says 2025.6.15 or 2.13.0."""
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def report_restart(stale: list[str], auto_restart: bool = False) -> bool:
@@ -57,35 +59,34 @@ def report_restart(stale: list[str], auto_restart: bool = False) -> bool:
         return True
     from IPython import get_ipython  # only in a notebook
 
-    print("自動で再起動します。終わったら、もう一度最初のセルから実行してください。")
+    from dpo_helpers.config import UserError  # not on top: the trial runs this file alone
+
     get_ipython().kernel.do_shutdown(True)  # the cell's output still arrives; with os.kill it does not
-    return True
+    # An error also cancels the cells that "run all" has queued: they would still start in the old kernel.
+    raise UserError("自動で再起動しています。終わったら、もう一度最初のセルから実行してください。")
 
 
 def run_trial(timeout: float = 300) -> dict:
-    """Try a training step in a fresh interpreter: {"passed": stages, "failed": stage or None, "error", "cuda"}."""
+    """Try a training step in a fresh interpreter: {"passed": stages, "failed": stage or None, "error", "cuda": name or None}."""
+    command = [sys.executable, "-P", str(Path(__file__).resolve())]  # -P: our files shadow no library
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-P", str(Path(__file__).resolve())]  # -P: our files shadow no library
         try:
             process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             return {"passed": [], "failed": "時間内の終了", "error": f"{timeout:.0f} 秒で終わりませんでした", "cuda": None}
-    lines = [line for line in process.stdout.splitlines() if line.startswith("TRIAL ")]
-    report = json.loads(lines[-1][6:]) if lines else {"passed": [], "failed": "起動", "error": "", "cuda": None}
-    if report["failed"] and not report["error"]:  # the interpreter died: its last words are all there is
-        report["error"] = (process.stderr.strip().splitlines() or [f"終了コード {process.returncode}"])[-1]
-    return report
+    told = re.findall(r"^(STAGE|CUDA|ERROR) (.+)$", process.stdout, re.MULTILINE)
+    *passed, last = [text for kind, text in told if kind == "STAGE"] or ["起動"]
+    # An interpreter that crashed told no error: its last words are all there is.
+    crash = (process.stderr.strip().splitlines() or [f"終了コード {process.returncode}"])[-1]
+    failed, facts = None if last == "end" else last, dict(told)
+    return {"passed": passed, "failed": failed, "error": facts.get("ERROR", crash) if failed else "", "cuda": facts.get("CUDA")}
 
 
 def try_training(folder: str) -> None:
-    """Go through the stages of a training run on a one-layer model, printing after each how far it came."""
-    report = {"passed": [], "failed": None, "error": "", "cuda": None}
+    """Go through the stages of a training run on a one-layer model, naming each before it starts, "end" last."""
 
     def enter(stage: str) -> None:
-        if report["failed"]:
-            report["passed"].append(report["failed"])
-        report["failed"] = stage
-        print("TRIAL " + json.dumps(report), flush=True)
+        print("STAGE " + stage, flush=True)
 
     try:
         for name in ("torch", "datasets", "transformers", "peft", "trl"):
@@ -99,7 +100,8 @@ def try_training(folder: str) -> None:
         import trl
 
         enter("CUDA")
-        report["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            print("CUDA " + torch.cuda.get_device_name())
         enter("LoRA")
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<e>": 0, "a": 1, "b": 2}, unk_token="<e>"))
         words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -112,10 +114,9 @@ def try_training(folder: str) -> None:
         rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " a"}])
         options = trl.DPOConfig(folder, max_steps=1, use_cpu=True, bf16=False, fp16=False, report_to="none", save_strategy="no")
         trl.DPOTrainer(model=model, args=options, train_dataset=rows, processing_class=tokenizer).train()
-        enter("")
-    except BaseException as error:  # reported to the parent, which is all that this process is for
-        report["error"] = f"{type(error).__name__}: {str(error).strip() or '-'}"
-    print("TRIAL " + json.dumps({**report, "failed": report["failed"] or None}), flush=True)
+        enter("end")
+    except BaseException as error:  # told to the parent, which is all that this process is for
+        print(f"ERROR {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def prepare_run_folder(folder, config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(existing)
     except OSError as error:
-        raise UserError(f"フォルダー {folder} に書き込めません（{error.strerror}）。書き込める場所を RUN_DIR に指定してください。") from None
+        raise UserError(
+            f"フォルダー {folder} に書き込めません（{error.strerror}）。書き込める場所を RUN_DIR に指定してください。"
+        ) from None
     return folder
 
 
@@ -59,18 +61,28 @@ def save_model(folder, model, tokenizer) -> None:
 
 
 def load_run(folder):
-    """Return (PeftModel, tokenizer, RunConfig) of a saved run, ready to answer."""
+    """Return (PeftModel, tokenizer, RunConfig) of a saved run, ready to answer and to be measured.
+
+    A warmed-up reference, where the run has one, is loaded beside the trained adapter under the name `ref`.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
-    if missing := [name for name in ("adapter_config.json", "adapter_model.safetensors", "run_config.json") if not (folder / name).is_file()]:
-        raise UserError(f"フォルダー {folder} に学習済みモデルがありません（足りないもの：{', '.join(missing)}）。保存先のパスを確かめてください。")
+    if missing := [
+        name for name in ("adapter_config.json", "adapter_model.safetensors", "run_config.json") if not (folder / name).is_file()
+    ]:
+        raise UserError(
+            f"フォルダー {folder} に学習済みモデルがありません（足りないもの：{', '.join(missing)}）。保存先のパスを確かめてください。"
+        )
     own_base = folder / BASE_MODEL_FOLDER
     base = own_base if own_base.is_dir() else json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-    return PeftModel.from_pretrained(model, folder), AutoTokenizer.from_pretrained(folder), RunConfig.load(folder / "run_config.json")
+    model = PeftModel.from_pretrained(model, folder)
+    if (folder / "reference").is_dir():
+        model.load_adapter(folder / "reference", adapter_name="ref")
+    return model, AutoTokenizer.from_pretrained(folder), RunConfig.load(folder / "run_config.json")
 
 
 def make_zip(folder) -> Path:

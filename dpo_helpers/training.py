@@ -62,7 +62,7 @@ def train_sft(config: RunConfig, train_rows: list[dict], folder, machine: Machin
         return None, []
     from trl import SFTConfig, SFTTrainer
 
-    base, tokenizer = load_base_model(config.model_name, train_rows, config.seed)
+    base, tokenizer = load_base_model(config)
     # SFTTrainer reads `completion` beside a prompt, as text or as messages
     data = make_dataset(train_rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
     trainer = SFTTrainer(
@@ -95,7 +95,7 @@ def build_dpo_trainer(
     from peft import PeftModel
     from trl import DPOConfig, DPOTrainer
 
-    model, tokenizer = load_base_model(config.model_name, train_rows, config.seed)
+    model, tokenizer = load_base_model(config)
     lora = make_lora_config(config, model)
     if warmed_up is not None:
         model, lora = PeftModel.from_pretrained(model, warmed_up, is_trainable=True), None

@@ -16,7 +16,7 @@ NOTEBOOKS = ("colab_dpo_training.ipynb", "dpo_training_experiment.ipynb")
 TAG = "helpers"
 LIMIT = 300_000  # bytes of one cell
 
-LOADER = '''\
+LOADER = """\
 #@title 補助パッケージ dpo_helpers を用意します（実行するだけで構いません）
 # このセルは tools/embed_helpers.py が作ります。中身を直すときは dpo_helpers/ のファイルを直してください。
 import hashlib, importlib, importlib.util, pathlib, sys
@@ -62,7 +62,7 @@ def install_package():
     return message
 
 print(install_package())
-'''
+"""
 
 
 def read_package() -> dict[str, str]:

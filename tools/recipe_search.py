@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
+from dpo_helpers.environment import find_machine
 from dpo_helpers.evaluation import check_answer, score_rows, summarize_scores, use_stage
 from dpo_helpers.inference import generate_response
-from dpo_helpers.modeling import load_base_model
 from dpo_helpers.monitoring import summarize_training
 from dpo_helpers.preferences import generate_preferences, split_rows, strip_question
-from dpo_helpers.training import build_dpo_trainer, train_sft
+from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
 # What each row of the table changes against the defaults of RunConfig. The seed's values (5e-6, one epoch) are in every row.
 SETTINGS = {
@@ -32,18 +32,25 @@ TRAINING_ROWS, HELD_OUT_ROWS = 200, 60
 
 
 def measure(model_folder: str, changes: dict) -> dict:
-    config = RunConfig(model_name=model_folder, num_samples=300, logging_steps=5, checkpoint_steps=1000,
-                       per_device_train_batch_size=4, gradient_accumulation_steps=1, **changes)  # the same losses as 1 × 4, sooner
+    config = RunConfig(
+        model_name=model_folder,
+        num_samples=300,
+        logging_steps=5,
+        checkpoint_steps=1000,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        **changes,
+    )  # the same losses as 1 × 4, sooner
     train_rows, held_out_rows = split_rows(generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed)
     train_rows, held_out_rows = train_rows[:TRAINING_ROWS], held_out_rows[:HELD_OUT_ROWS]
-    base, tokenizer = load_base_model(model_folder)
-    start = time.perf_counter()
+    machine, start = find_machine("cpu"), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        model, sft_log = train_sft(config, base, tokenizer, train_rows, folder, "fp32", "cpu")
+        warmed_up, sft_log = train_sft(config, train_rows, folder, machine)
         sft_seconds = time.perf_counter() - start
-        trainer = build_dpo_trainer(config, model, tokenizer, train_rows, held_out_rows[:8], folder, "fp32", "cpu")
-        trainer.train()
+        trainer = build_dpo_trainer(config, train_rows, held_out_rows[:8], folder, machine, warmed_up)
+        train_dpo(trainer)
     seconds = time.perf_counter() - start
+    tokenizer = trainer.processing_class
     scores = score_rows(trainer.model, tokenizer, held_out_rows, config.max_length)
     result = {
         **summarize_training(trainer.state.log_history),

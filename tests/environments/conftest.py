@@ -22,7 +22,7 @@ def get_template(tmp_path_factory):
     return get
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make(get_template, tmp_path_factory):
     """make(packages, python=, pip=) → the interpreter of a fresh simulated environment."""
 

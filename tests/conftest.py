@@ -1,0 +1,91 @@
+"""What several tests share: the tokenizers of real models, a tiny model of each layout, and one small finished run."""
+
+import lzma
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Build embedded models in a folder of this session, and keep every library off the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def rows():
+    from dpo_helpers.preferences import generate_preferences
+
+    return generate_preferences(1000, seed=42)
+
+
+def open_tokenizer(name: str, end: str):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = lzma.decompress((FIXTURES / f"{name}_tokenizer.json.xz").read_bytes()).decode()
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end, pad_token=end)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    return open_tokenizer("gpt2", "<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    return open_tokenizer("smollm2", "<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def embedded_folder():
+    from dpo_helpers.modeling import make_embedded_model
+
+    return make_embedded_model(seed=42, held_out_fraction=0.2)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory, embedded_folder):
+    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D) and Llama (Linear)."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    models = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **ids)),
+        "llama": LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **ids)),
+    }
+    folders = {}
+    for name, model in models.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder and metrics of a small real run: embedded model, 150 rows, with a warm-up."""
+    from dpo_helpers.__main__ import train
+    from dpo_helpers.config import RunConfig
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = RunConfig(
+        model_name="embedded",
+        num_samples=150,
+        learning_rate=2e-3,
+        lora_scale=2.0,
+        sft_epochs=1,
+        sft_learning_rate=5e-4,
+        checkpoint_steps=10,
+    )
+    return folder, train(config, folder, device="cpu")
