@@ -93,6 +93,8 @@ def explain(conflict: Conflict, packages: Packages) -> tuple[str, str, str, str]
         meaning, moved = f"学習は動きます。{conflict.package} だけが困ります", conflict.package
     elif moved in untouchable:
         moved = conflict.package
+    elif moved == "matplotlib-fontja":
+        meaning = "グラフの日本語が読めません"
     return (
         *found,
         meaning,
@@ -117,7 +119,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     if noise:
         print(f"無害なもの（もとから入っていないだけ。何もしません）: {'、'.join(noise)}")
     if diagnosis.torch_replaced:
-        print(f"診断: torch が入れ替わっています。ここからは直せません。\n{FRESH_RUNTIME}")
+        print(f"診断: torch が入れ替わっているか、欠けています。ここからは直せません。\n{FRESH_RUNTIME}")
     elif diagnosis.exit_code != 1:
         print("診断: 健康です。このまま学習できます。")
     elif diagnosis.ours or diagnosis.incomplete:

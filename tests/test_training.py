@@ -38,7 +38,7 @@ def run(config, rows, folder, count=32):
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
 @pytest.mark.parametrize("sft_epochs", [0, 1])
 def test_the_first_loss_is_ln_2_and_the_loss_falls(tiny_models, rows, tmp_path, layout, sft_epochs):
-    trainer = run(make_config(tiny_models[layout], sft_epochs=sft_epochs), rows, tmp_path, count=64)
+    trainer = run(make_config(tiny_models[layout], sft_epochs=sft_epochs, learning_rate=2e-2), rows, tmp_path, count=64)
     summary = summarize_training(trainer.state.log_history)
     assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert summary["final_train_loss"] < 0.68

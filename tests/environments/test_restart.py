@@ -144,13 +144,14 @@ def test_the_notebook_goes_on_after_its_own_restart(colab, run_cells):
 
 def queue_cells(client, cells: tuple[str, ...]) -> list[tuple[str, str]]:
     """(status, printed text) of each cell."""
-    texts = {client.execute(cell, stop_on_error=True): "" for cell in cells}
-    statuses = {}
+    texts, statuses = {client.execute(cell, stop_on_error=True): "" for cell in cells}, {}
     while len(statuses) < len(cells):
         reply = client.get_shell_msg(timeout=120)
-        statuses[reply["parent_header"].get("msg_id")] = reply["content"]["status"]
+        if reply["parent_header"].get("msg_id") in texts:  # else an answer to the question whether the kernel is ready
+            statuses[reply["parent_header"]["msg_id"]] = reply["content"]["status"]
     with contextlib.suppress(queue.Empty):
         while True:
             message = client.get_iopub_msg(timeout=1)
-            texts[message["parent_header"].get("msg_id")] += message["content"].get("text", "") if message["msg_type"] == "stream" else ""
+            if message["msg_type"] == "stream" and message["parent_header"].get("msg_id") in texts:
+                texts[message["parent_header"]["msg_id"]] += message["content"]["text"]
     return [(statuses[cell], text) for cell, text in texts.items()]
