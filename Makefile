@@ -7,7 +7,7 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 
-.PHONY: demo test test-colab test-environments lint notebooks recipe-search real-run real-run-1000 real-run-300 clean
+.PHONY: demo demo-experiment test test-colab test-environments lint notebooks recipe-search real-run real-run-1000 real-run-300 clean
 
 demo: .venv/.installed
 	mkdir -p $(DEMO)
@@ -15,13 +15,18 @@ demo: .venv/.installed
 		-f tests/demo_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
 	.venv/bin/python tools/check_demo.py $(DEMO)
 
+demo-experiment: .venv/.installed
+	mkdir -p $(DEMO)
+	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(DEMO)/dpo_training_experiment.ipynb \
+		--cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
+
 test: .venv/.installed lint
 	.venv/bin/python -m pytest
 
 test-colab: .venv-colab/.installed
 	.venv-colab/bin/python -m pytest -m versions
 
-test-environments: .venv/.installed
+test-environments: .venv/.installed .venv-colab/.installed
 	.venv/bin/python -m pytest tests/environments -m environments
 
 lint: .venv/.installed

@@ -14,7 +14,7 @@ def train(config: RunConfig, folder, device: str = "auto") -> dict:
     from dpo_helpers.evaluation import score_rows, summarize_scores
     from dpo_helpers.monitoring import build_metrics
     from dpo_helpers.preferences import generate_preferences, split_rows
-    from dpo_helpers.storage import prepare_run_folder, save_run
+    from dpo_helpers.storage import prepare_run_folder, save_run, write_json
     from dpo_helpers.training import build_dpo_trainer, sample_curve_rows, train_dpo, train_sft
 
     clock = Stopwatch()
@@ -36,7 +36,10 @@ def train(config: RunConfig, folder, device: str = "auto") -> dict:
     with clock("evaluation"):
         held_out = summarize_scores(score_rows(trainer.model, tokenizer, held_out_rows, config.max_length), config.beta)
     metrics = build_metrics(config, trainer, held_out, None, clock.seconds, machine)
-    save_run(folder, trainer.model, tokenizer, train_rows, held_out_rows, trainer.state.log_history, sft_log, metrics)
+    with clock("saving"):
+        save_run(folder, trainer.model, tokenizer, train_rows, held_out_rows, trainer.state.log_history, sft_log, metrics)
+    metrics["seconds"]["saving"] = clock.seconds["saving"]
+    write_json(folder / "metrics.json", metrics)
     print(f"評価用の損失 {held_out['loss']:.4f}、正解率 {held_out['accuracy']:.1%}。結果：{folder}")
     return metrics
 

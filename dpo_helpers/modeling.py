@@ -125,9 +125,9 @@ def make_embedded_model(seed: int, held_out_fraction: float) -> Path:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-    recipe = {"rows": 12_000, "vocabulary": 1200, "layers": 2, "width": 128, "heads": 4, "steps": 1500, "batch": 16,
-              "peak_rate": 8e-3, "renamed": 0.4}  # fmt: skip
-    rows, _ = split_rows(generate_preferences(recipe["rows"], seed, held_out_fraction), held_out_fraction, seed)
+    recipe = {"rows": 12_000, "vocabulary": 900, "layers": 2, "width": 128, "heads": 4, "steps": 1800, "batch": 16,
+              "peak_rate": 8e-3, "renamed": 0.4, "unseen": 0.6}  # fmt: skip
+    rows, _ = split_rows(generate_preferences(recipe["rows"], seed, held_out_fraction), recipe["unseen"], seed)
     key = hashlib.sha256(json.dumps([recipe, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_helpers" / f"embedded-{key}"
     if folder.is_dir():

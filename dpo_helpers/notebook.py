@@ -56,26 +56,40 @@ def pick_rows(rows: list[dict], count: int, seed: int) -> list[dict]:
     return list(picked.values())[:count]
 
 
+KIND_NAMES = {
+    "vague": "あいまい", "evasive": "答えない", "wrong_concept": "別の概念の説明", "off_topic": "関係のない話", "unfinished": "書きかけ",
+    "repetitive": "繰り返し", "rude": "失礼",
+}  # fmt: skip
+
+
+def show_kinds(table: list[dict]):
+    """Show what evaluation.summarize_by says of the rejection kinds, with Japanese names."""
+    headings = {"rows": "行数", "loss": "損失", "accuracy": "正解率", "margin": "マージン"}
+    return show_table(
+        [{"悪さの種類": KIND_NAMES[line["rejection_kind"]]} | {heading: line[name] for name, heading in headings.items()} for line in table]
+    )
+
+
 def show_rows(rows: list[dict]):
     """Show preference rows with Japanese headings."""
     return show_table(
         [{"質問": strip_question(row["prompt"]), "良い回答（chosen）": row["chosen"], "悪い回答（rejected）": row["rejected"],
-          "悪さの種類": row.get("rejection_kind", "")} for row in rows]
+          "悪さの種類": KIND_NAMES.get(row.get("rejection_kind"), "")} for row in rows]
     )  # fmt: skip
 
 
-def answer_stages(model, tokenizer, rows: list[dict]):
-    """Answer the rows' questions greedily with the base model, the warmed-up one (if any) and the present one."""
+def answer_stages(model, tokenizer, rows: list[dict], stages=("base", "reference", "policy")) -> list[dict]:
+    """Answer the rows' questions greedily as evaluation.use_stage says; a run without a warm-up has no second stage."""
     from dpo_helpers.evaluation import use_stage
     from dpo_helpers.inference import generate_response
 
     questions = [strip_question(row["prompt"]) for row in rows]
     table = {"質問": questions}
-    stages = {"base": "① ベースモデル", "reference": "② 教師あり学習の後", "policy": "③ DPO の後"}
-    if "ref" not in model.peft_config:
-        del stages["reference"]
-    for stage, heading in stages.items():
+    headings = {"base": "① ベースモデル", "reference": "② 教師あり学習の後", "policy": "③ DPO の後"}
+    for stage in stages:
+        if stage == "reference" and "ref" not in model.peft_config:
+            continue
         with use_stage(model, stage):
-            table[heading] = generate_response(model, tokenizer, questions)
+            table[headings[stage]] = generate_response(model, tokenizer, questions)
     table["お手本（chosen）"] = [row["chosen"] for row in rows]
     return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]

@@ -58,6 +58,7 @@ def save_model(folder, model, tokenizer) -> None:
         shutil.copytree(folder / "ref", folder / "reference", dirs_exist_ok=True)
         shutil.rmtree(folder / "ref")
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink()  # PEFT's model card to be filled in, which nobody has filled in
 
 
 def load_run(folder):

@@ -48,6 +48,7 @@ def _shared_arguments(config: RunConfig, folder: Path, machine: Machine) -> dict
         "use_cpu": machine.device == "cpu",
         "gradient_checkpointing": False,  # at 128 tokens it costs a forward pass and saves little
         "dataloader_pin_memory": machine.device == "cuda",
+        "disable_tqdm": False,  # else quiet_libraries would turn the progress table into lines of raw numbers
     }
 
 

@@ -38,10 +38,11 @@ def run(config, rows, folder, count=32):
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
 @pytest.mark.parametrize("sft_epochs", [0, 1])
 def test_the_first_loss_is_ln_2_and_the_loss_falls(tiny_models, rows, tmp_path, layout, sft_epochs):
-    trainer = run(make_config(tiny_models[layout], sft_epochs=sft_epochs, learning_rate=2e-2), rows, tmp_path, count=64)
+    repeated = rows[:4] * 16 + rows[100:116]  # four pairs again and again can be learned even by random layers
+    trainer = run(make_config(tiny_models[layout], sft_epochs=sft_epochs, learning_rate=1e-2), repeated, tmp_path, count=64)
     summary = summarize_training(trainer.state.log_history)
     assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert summary["final_train_loss"] < 0.68
+    assert summary["final_train_loss"] < 0.5
     start = trainer.state.log_history[0]
     assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-5) and start["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
 
