@@ -7,7 +7,7 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 
-.PHONY: demo demo-experiment test test-colab test-environments lint notebooks recipe-search real-run real-run-1000 real-run-300 clean
+.PHONY: demo demo-experiment test test-colab test-environments lint notebooks recipe-search bench-data real-run real-run-1000 real-run-300 clean
 
 demo: .venv/.installed
 	mkdir -p $(DEMO)
@@ -42,6 +42,9 @@ $(REAL_MODEL)/config.json: | .venv/.installed
 
 recipe-search: $(REAL_MODEL)/config.json
 	PYTHONPATH=. .venv/bin/python tools/recipe_search.py $(REAL_MODEL) outputs/recipe_search.jsonl
+
+bench-data: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/bench_data.py
 
 # The default recipe on the really pretrained model, with the warm-up and without; 4 x 1 gives the losses of 1 x 4, sooner.
 # A finished run is not repeated. On two cores: 300 rows about 25 minutes, 1,000 rows about 80; run it in the background.

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dpo_helpers import quick_fix
+from dpo_helpers import own_data, quick_fix
 from dpo_helpers.config import RunConfig, UserError
 
 
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--set", action="append", default=[], metavar="名前=値", help="設定を一つ変える（何度でも書ける）")
     job.add_argument("--run-dir", default="run", help="結果を置くフォルダー（既定：run）")
     job.add_argument("--device", default="auto", help="auto, cuda, mps, cpu（既定：auto）")
+    own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
     quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
     return parser
 
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.job == "doctor":
             return quick_fix.run_doctor(arguments)
+        if arguments.job == "data":
+            return own_data.run_data(arguments)
         config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
         train(config.replace(read_settings(arguments.set), "--set"), Path(arguments.run_dir), arguments.device)
         return 0

@@ -217,7 +217,7 @@ def add_data_arguments(parser) -> None:
     parser.add_argument("--json", action="store_true", help="結果をプログラム用の JSON で書く")
 
 
-def _load_tokenizer(name: str):
+def load_tokenizer(name: str):
     """Load the tokenizer of a Hub name, a local folder or "embedded", without its model."""
     from transformers import AutoTokenizer
 
@@ -241,7 +241,7 @@ def run_data(arguments) -> int:
 
     if not (arguments.check or arguments.output or arguments.tokenizer) or min(arguments.count, arguments.max_length) < 1:
         raise UserError("--output（書き込み先）、--check（検査）、--tokenizer（トークン数）のどれかと、1 以上の数を指定してください。")
-    tokenizer = _load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     problems = []
     try:
         if arguments.check:

@@ -1,12 +1,12 @@
 import argparse
-import dataclasses
 import json
 import random
+import shutil
 
 import pytest
 
 from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.own_data import add_data_arguments, load_preferences, run_data
+from dpo_helpers.own_data import add_data_arguments, load_preferences, load_tokenizer, run_data
 from dpo_helpers.token_report import (
     build_token_report,
     describe_token_report,
@@ -25,28 +25,40 @@ def make_row(question: str, chosen: str, rejected: str) -> dict:
 
 @pytest.fixture(scope="module")
 def mixed_rows(rows):
-    """Ordinary rows, one whose prompt fills 60 tokens, one equal within 60 tokens, and three that differ at the boundary or at the end."""
+    """Ordinary rows, one with a prompt of 150 tokens and more, one whose answers differ late, two that merge over the boundary
+    (the second in its 40th token), and one that ends with the end mark already."""
     return [
         *rows[:20],
         make_row("とても長い質問です。" * 20, "はい。", "いいえ。"),
         make_row("長い回答は？", "同じ文です。" * 30 + "良い。", "同じ文です。" * 30 + "悪い。"),
-        {"prompt": "質問: q", "chosen": "は何ですか？", "rejected": "です。"},
-        {"prompt": "AIと", "chosen": "は、便利です。", "rejected": "は、です。"},
+        {"prompt": "Question: q\nAnswer: ", "chosen": "yes", "rejected": "no"},
+        {"prompt": "x" + " y" * 38 + " ", "chosen": "yes, it is", "rejected": "no, it is not"},
         make_row("終わりは？", "はい。<|endoftext|>", "いいえ。"),
     ]
 
 
-def prepare(rows, folder, tmp_path, max_length, chat=False):
-    """Return the rows' token ids as the installed trainer prepared them and as its collator cut them."""
-    import shutil
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory, gpt2_tokenizer):
+    """The folder of a random one-layer model with GPT-2's real vocabulary, whose tokens do merge over a space."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
 
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=64)).save_pretrained(folder)
+    gpt2_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def prepare(rows, folder, tmp_path, max_length, chat=False):
+    """Return the token ids of (prompt, chosen, rejected) as the installed trainer prepared them, and its tokenizer."""
     from dpo_helpers.environment import find_machine
     from dpo_helpers.training import build_dpo_trainer
 
     if chat:
         folder = shutil.copytree(folder, tmp_path / "chat")
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    config = dataclasses.replace(RunConfig(), model_name=str(folder), max_length=max_length, sft_epochs=0)
+    config = RunConfig(model_name=str(folder), max_length=max_length, sft_epochs=0)
     trainer = build_dpo_trainer(config, rows, rows[:2], tmp_path, find_machine("cpu"))
     prepared = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
     return prepared, trainer.processing_class
@@ -54,34 +66,30 @@ def prepare(rows, folder, tmp_path, max_length, chat=False):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("max_length", [20, 60])
-def test_the_counts_are_those_of_the_installed_trainer(mixed_rows, tiny_models, tmp_path, max_length, chat):
-    prepared, tokenizer = prepare(mixed_rows, tiny_models["gpt2"], tmp_path, max_length, chat)
+@pytest.mark.parametrize("max_length", [40, 150])
+def test_the_counts_are_those_of_the_installed_trainer(mixed_rows, small_model, tmp_path, max_length, chat):
+    prepared, tokenizer = prepare(mixed_rows, small_model, tmp_path, max_length, chat)
     report = build_token_report(measure_rows(mixed_rows, tokenizer, max_length), max_length)
     without_answer = [row for row in prepared if len(row[0]) >= max_length]
     if report["trl_drops"]:
-        assert not without_answer and report["rows_without_answer"] == len(mixed_rows) - len(prepared)
+        assert not without_answer and report["rows_without_answer"] == len(mixed_rows) - len(prepared) > 0
     else:
-        assert len(prepared) == len(mixed_rows) and report["rows_without_answer"] == len(without_answer)
+        assert len(prepared) == len(mixed_rows) and report["rows_without_answer"] == len(without_answer) > 0
     learnable = [row for row in prepared if len(row[0]) < max_length]
-    assert report["rows_equal_after_cut"] == sum((p + c)[:max_length] == (p + r)[:max_length] for p, c, r in learnable)
-    if not report["trl_drops"]:
-        assert report["rows_cut"] == sum(len(p) + max(len(c), len(r)) > max_length for p, c, r in prepared)
-    if not chat:
-        assert report["rows_merged_at_boundary"] > 0
+    assert report["rows_equal_after_cut"] == sum((p + c)[:max_length] == (p + r)[:max_length] for p, c, r in learnable) > 0
+    cut = sum(len(p) + max(len(c), len(r)) > max_length for p, c, r in prepared)
+    assert report["rows_cut"] == cut + len(mixed_rows) - len(prepared)  # a dropped row is one that would be cut
+    assert report["rows_merged_at_boundary"] == (0 if chat else 2)
 
 
 @pytest.mark.versions
-def test_after_the_unusable_rows_are_gone_the_trainer_keeps_every_row_and_each_has_something_to_learn(mixed_rows, tiny_models, tmp_path):
-    from transformers import AutoTokenizer
-
-    max_length = 60
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models["gpt2"])
-    kept, dropped = drop_unusable(mixed_rows, tokenizer, max_length)
-    assert len(kept) + len(dropped) == len(mixed_rows) and len(dropped) >= 2
-    prepared, _ = prepare(kept, tiny_models["gpt2"], tmp_path, max_length)
+def test_after_the_unusable_rows_are_gone_the_trainer_keeps_every_row_and_each_has_something_to_learn(mixed_rows, small_model, tmp_path):
+    tokenizer = load_tokenizer(str(small_model))
+    kept, dropped = drop_unusable(mixed_rows, tokenizer, 40)
+    assert len(kept) + len(dropped) == len(mixed_rows) and mixed_rows[-2] in dropped  # at 1.16 alone, this one would stay
+    prepared, _ = prepare(kept, small_model, tmp_path, 40)
     assert len(prepared) == len(kept)
-    assert all((p + c)[:max_length] != (p + r)[:max_length] for p, c, r in prepared)
+    assert all(len(p) < 40 and (p + c)[:40] != (p + r)[:40] for p, c, r in prepared)
 
 
 def test_the_rows_that_all_versions_can_use_do_not_depend_on_the_installed_one(mixed_rows, gpt2_tokenizer, monkeypatch):
@@ -170,17 +178,17 @@ def run(*words) -> int:
     return run_data(parser.parse_args([str(word) for word in words]))
 
 
-def test_the_terminal_generates_checks_and_reports(tmp_path, embedded_folder, rows, capsys):
+def test_the_terminal_generates_checks_and_reports(tmp_path, small_model, rows, capsys):
     file = tmp_path / "rows.jsonl"
     assert run("--count", 1000, "--seed", 42, "--output", file) == 0
     assert list(load_preferences(file)) == rows
     capsys.readouterr()
-    assert run("--check", file, "--tokenizer", embedded_folder, "--max-length", 64, "--json") == 0
+    assert run("--check", file, "--tokenizer", small_model, "--max-length", 128, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["rows_kept"], result["rows_reported"], result["tokens"]["rows"]) == (1000, 0, 1000)
-    assert run("--check", file, "--tokenizer", "embedded", "--max-length", 16, "--on-error", "drop") in (0, 1)
+    assert run("--check", file, "--tokenizer", small_model, "--max-length", 16, "--on-error", "drop") == 1
     output = capsys.readouterr()
-    assert "学習に使える行" in output.out or "長すぎる" in output.err
+    assert "使える行：0、誤りのある行：1,000" in output.out and "2行目: 長すぎて" in output.err
 
 
 def test_the_terminal_tells_wrong_rows_with_1_and_an_unreadable_file_as_a_user_error(tmp_path, capsys):
@@ -191,6 +199,7 @@ def test_the_terminal_tells_wrong_rows_with_1_and_an_unreadable_file_as_a_user_e
     assert run("--check", file, "--column", "prompt=q", "--on-error", "drop", "--output", out, "--dropped-file", dropped) == 0
     assert json.loads(out.read_text(encoding="utf-8"))["prompt"] == "質問: Aとは？\n回答:\n"
     assert json.loads(dropped.read_text(encoding="utf-8"))["place"] == "3行目"
+    capsys.readouterr()
     assert run("--check", file, "--json") == 1
     assert json.loads(capsys.readouterr().out)["rows_reported"] == 2
     for words in (["--check", tmp_path / "absent.csv"], [], ["--count", 0, "--output", out], ["--output", out, "--tokenizer", "./absent"]):

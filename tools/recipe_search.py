@@ -22,11 +22,11 @@ from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
 # What each row of the table changes against the defaults of RunConfig. The seed's values (5e-6, one epoch) are in every row.
 SETTINGS = {
-    "r16 scale16, no warm-up": {"lora_scale": 16, "sft_epochs": 0},
-    "r16 scale16, warm-up 2": {"lora_scale": 16, "sft_epochs": 2, "sft_learning_rate": 1e-4},
-    "r16 scale2, default targets, no warm-up": {"lora_scale": 2, "lora_targets": "default", "sft_epochs": 0},
-    "r16 scale32, warm-up 2": {"lora_scale": 32, "sft_epochs": 2, "sft_learning_rate": 5e-5},
-    "r16 scale64, no warm-up": {"lora_scale": 64, "sft_epochs": 0},
+    "lora_scale 16, sft_epochs 2 (default)": {},
+    "lora_scale 2, lora_targets default, sft_epochs 0": {"lora_scale": 2, "lora_targets": "default", "sft_epochs": 0},
+    "lora_scale 64, sft_epochs 0": {"lora_scale": 64, "sft_epochs": 0},
+    "lora_scale 16, sft_epochs 0": {"lora_scale": 16, "sft_epochs": 0},
+    "lora_scale 32, sft_epochs 2, sft_learning_rate 5e-5": {"lora_scale": 32, "sft_learning_rate": 5e-5},
 }
 TRAINING_ROWS, HELD_OUT_ROWS = 200, 60
 

@@ -1,6 +1,6 @@
 """Print the greedy answers of a saved run to held-out questions, unedited, as a Markdown table, with counts.
 
-    python tools/show_answers.py RUN_FOLDER [NUMBER_OF_QUESTIONS]
+python tools/show_answers.py RUN_FOLDER [NUMBER_OF_QUESTIONS]
 """
 
 import json
@@ -26,7 +26,9 @@ def main(folder: Path, count: int) -> None:
     for heading in headings[1:-1]:
         checks = [check_answer(answer[heading], row["concept"]) for answer, row in zip(answers, asked, strict=True)]
         totals = {name: sum(check[name] for check in checks) for name in checks[0]}
-        print(f"{heading}: 「。」で終わる {totals['ends']} / 名前が正しい {totals['names']} / 乱れなし {totals['clean']} （{len(asked)} 問中）")
+        print(
+            f"{heading}: 「。」で終わる {totals['ends']} / 名前が正しい {totals['names']} / 乱れなし {totals['clean']} （{len(asked)} 問中）"
+        )
 
 
 if __name__ == "__main__":
