@@ -35,7 +35,7 @@ def train(config: RunConfig, folder, device: str = "auto") -> dict:
         train_dpo(trainer)
     with clock("evaluation"):
         held_out = summarize_scores(score_rows(trainer.model, tokenizer, held_out_rows, config.max_length), config.beta)
-    metrics = build_metrics(config, trainer, held_out, None, clock.seconds, machine)
+    metrics = build_metrics(config, trainer, held_out, clock.seconds, machine)
     with clock("saving"):
         save_run(folder, trainer.model, tokenizer, train_rows, held_out_rows, trainer.state.log_history, sft_log, metrics)
     metrics["seconds"]["saving"] = clock.seconds["saving"]

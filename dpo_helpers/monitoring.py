@@ -61,7 +61,7 @@ def plot_training(log_history: list[dict], path=None):
     return figure
 
 
-def build_metrics(config, trainer, held_out: dict, baselines: dict | None, seconds: dict[str, float], machine) -> dict:
+def build_metrics(config, trainer, held_out: dict, seconds: dict[str, float], machine) -> dict:
     """Put together what metrics.json says of a run: numbers as measured, in nats, bytes and seconds."""
     from importlib.metadata import version
 
@@ -75,7 +75,6 @@ def build_metrics(config, trainer, held_out: dict, baselines: dict | None, secon
     return {
         **summarize_training(trainer.state.log_history),
         "held_out": held_out,
-        "baselines": baselines,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "training_rows": len(trainer.train_dataset),

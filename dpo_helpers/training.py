@@ -122,6 +122,15 @@ def build_dpo_trainer(
     return trainer
 
 
+def evaluate_curve_rows(trainer) -> dict:
+    """Return what the trainer logs of its held-out sample now: eval_loss, eval_rewards/margins and so on.
+
+    It is read from the log, because TRL 0.29 returns the loss alone from evaluate().
+    """
+    trainer.evaluate()
+    return trainer.state.log_history[-1]
+
+
 def train_dpo(trainer) -> None:
     """Train once; a trainer that has trained already is left alone, so that a cell run twice does no harm."""
     if trainer.state.global_step > 0:

@@ -73,7 +73,9 @@ def test_a_new_process_gives_the_same_log_probs_and_answers_as_the_loaded_run(fi
     model, tokenizer, config = load_run(finished_run[0])
     rows = [json.loads(line) for line in (finished_run[0] / "held_out.jsonl").read_text().splitlines()]
     scores = score_answers(model.eval(), tokenizer, [(row["prompt"], row["chosen"]) for row in rows], config.max_length, batch_size=1)
-    assert scores == pytest.approx([line[0] for line in recomputed["log_probs"]], rel=1e-5, abs=1e-4)
+    lengths = [len(tokenizer(row["chosen"])["input_ids"]) + 1 for row in rows]  # EOS included
+    for score, line, tokens in zip(scores, recomputed["log_probs"], lengths, strict=True):
+        assert score / tokens == pytest.approx(line[0] / tokens, abs=1e-5)
     answers = generate_response(model, tokenizer, [row["prompt"] for row in rows[:5]], max_new_tokens=60)
     assert answers == [answer.strip() for answer in recomputed["answers"]]
 

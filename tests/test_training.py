@@ -9,7 +9,7 @@ from dpo_helpers.environment import find_machine
 from dpo_helpers.evaluation import score_rows, summarize_scores, use_stage
 from dpo_helpers.modeling import load_base_model
 from dpo_helpers.monitoring import summarize_training
-from dpo_helpers.training import build_dpo_trainer, format_row, make_dataset, sample_curve_rows, train_dpo, train_sft
+from dpo_helpers.training import build_dpo_trainer, evaluate_curve_rows, format_row, make_dataset, sample_curve_rows, train_dpo, train_sft
 
 pytestmark = pytest.mark.versions
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -78,7 +78,7 @@ def test_the_warm_up_teaches_the_chosen_answers_and_dpo_starts_from_it(tiny_mode
 def test_our_figures_are_those_of_trl(tiny_models, rows, tmp_path, sft_epochs):
     config = make_config(tiny_models["gpt2"], sft_epochs=sft_epochs)
     trainer = run(config, rows, tmp_path)
-    theirs = trainer.evaluate()
+    theirs = evaluate_curve_rows(trainer)
     ours = summarize_scores(score_rows(trainer.model, trainer.processing_class, rows[32:48], config.max_length), config.beta)
     assert ours["loss"] == pytest.approx(theirs["eval_loss"], abs=1e-4)
     assert ours["margin"] == pytest.approx(theirs["eval_rewards/margins"], abs=1e-4)
