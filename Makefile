@@ -7,13 +7,22 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 
-.PHONY: demo demo-experiment test test-colab test-environments lint notebooks recipe-search bench-data real-run real-run-1000 real-run-300 clean
+.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments lint notebooks recipe-search soak bench-checkpoints bench-data data-report real-run real-run-1000 real-run-300 clean
 
 demo: .venv/.installed
+	rm -rf $(DEMO)
+	$(MAKE) demo-again
+
+# Once more over the run that is there already: it goes on where that was, which is the end.
+demo-again: .venv/.installed
 	mkdir -p $(DEMO)
 	.venv/bin/python -m papermill colab_dpo_training.ipynb $(DEMO)/colab_dpo_training.ipynb \
 		-f tests/demo_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
 	.venv/bin/python tools/check_demo.py $(DEMO)
+
+# The kernel of the executing notebook is killed, and the notebook run again: the same adapter as `make demo` has.
+demo-killed: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/kill_notebook.py $(DEMO) outputs/demo-killed
 
 demo-experiment: .venv/.installed
 	mkdir -p $(DEMO)
@@ -43,8 +52,23 @@ $(REAL_MODEL)/config.json: | .venv/.installed
 recipe-search: $(REAL_MODEL)/config.json
 	PYTHONPATH=. .venv/bin/python tools/recipe_search.py $(REAL_MODEL) outputs/recipe_search.jsonl
 
+# Thirty real trainings killed at random moments and resumed from a copy of the mirror: about 10 minutes.
+KILLS = 30
+soak: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/soak.py outputs/soak --kills $(KILLS)
+
+# What checkpoints and the mirror cost, at the default interval; the slow mirror takes 3 s for every file.
+bench-checkpoints: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/embedded.json
+	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/slow.json --slow 3
+
 bench-data: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_data.py
+
+# What the generated rows look like, and what the finished ones of the two real runs answer.
+FINISHED_RUNS = $(wildcard outputs/real-1000/sft-2/metrics.json outputs/real-1000/sft-0/metrics.json)
+data-report: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/data_report.py outputs/data-report $(FINISHED_RUNS:/metrics.json=)
 
 # The default recipe on the really pretrained model, with the warm-up and without; 4 x 1 gives the losses of 1 x 4, sooner.
 # A finished run is not repeated. On two cores: 300 rows about 25 minutes, 1,000 rows about 80; run it in the background.
@@ -54,7 +78,7 @@ real-run: real-run-1000
 real-run-1000 real-run-300: real-run-%: $(REAL_MODEL)/config.json
 	for epochs in 2 0; do \
 		run=outputs/real-$*/sft-$$epochs; \
-		test -f $$run/metrics.json || .venv/bin/python -m dpo_helpers train $(REAL_SETTINGS) --set sft_epochs=$$epochs \
+		.venv/bin/python -m dpo_helpers train $(REAL_SETTINGS) --set sft_epochs=$$epochs \
 			--set num_samples=$* --run-dir $$run || exit 1; \
 		PYTHONPATH=. .venv/bin/python tools/show_answers.py $$run | tee $$run/answers.md; \
 	done

@@ -2,45 +2,55 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from dpo_helpers import own_data, quick_fix
 from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.run import TrainingStopped
 
 
-def train(config: RunConfig, folder, device: str = "auto") -> dict:
-    """Run the whole way of the main notebook, without a notebook; return what metrics.json holds."""
+def train(
+    config: RunConfig, folder, device: str = "auto", mirror=None, resume: str = "auto", data: str = "", on_error: str = "raise"
+) -> dict:
+    """Run the whole way of the main notebook, without a notebook; return what metrics.json holds.
+
+    A finished run is not repeated: its metrics are returned as they are.
+    """
+    from dpo_helpers.baselines import measure_baselines
     from dpo_helpers.environment import Stopwatch, describe_machine, find_machine
     from dpo_helpers.evaluation import score_rows, summarize_scores
+    from dpo_helpers.modeling import load_tokenizer
     from dpo_helpers.monitoring import build_metrics
-    from dpo_helpers.preferences import generate_preferences, split_rows
-    from dpo_helpers.storage import prepare_run_folder, save_run, write_json
-    from dpo_helpers.training import build_dpo_trainer, sample_curve_rows, train_dpo, train_sft
+    from dpo_helpers.preferences import split_rows
+    from dpo_helpers.run import open_run
+    from dpo_helpers.storage import make_zip, save_run
+    from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
     clock = Stopwatch()
     with clock("setup"):
-        folder = prepare_run_folder(folder, config)
         machine = find_machine(device)
         print(describe_machine(machine))
-    with clock("data"):
-        rows = generate_preferences(config.num_samples, config.seed, config.held_out_fraction)
-        train_rows, held_out_rows = split_rows(rows, config.held_out_fraction, config.seed)
-        print(f"学習用 {len(train_rows)} 行、評価用 {len(held_out_rows)} 行")
-    work = folder.with_name(f"{folder.name}-work")
-    with clock("sft"):
-        warmed_up, sft_log = train_sft(config, train_rows, work, machine)
-    trainer = build_dpo_trainer(config, train_rows, sample_curve_rows(held_out_rows), work, machine, warmed_up)
-    tokenizer = trainer.processing_class
-    with clock("training"):
-        train_dpo(trainer)
-    with clock("evaluation"):
-        held_out = summarize_scores(score_rows(trainer.model, tokenizer, held_out_rows, config.max_length), config.beta)
-    metrics = build_metrics(config, trainer, held_out, clock.seconds, machine)
-    with clock("saving"):
-        save_run(folder, trainer.model, tokenizer, train_rows, held_out_rows, trainer.state.log_history, sft_log, metrics)
-    metrics["seconds"]["saving"] = clock.seconds["saving"]
-    write_json(folder / "metrics.json", metrics)
-    print(f"評価用の損失 {held_out['loss']:.4f}、正解率 {held_out['accuracy']:.1%}。結果：{folder}")
+        run = open_run(config, folder, machine, mirror, resume, clock)
+    try:
+        with clock("setup"):
+            tokenizer = load_tokenizer(config.model_name, config.seed, config.held_out_fraction)
+        with clock("data"):
+            rows = own_data.collect_rows(config, tokenizer, data, on_error, run.folder)
+            run.use_rows(*split_rows(rows, config.held_out_fraction, config.seed))
+            print(f"学習用 {len(run.train_rows)} 行、評価用 {len(run.held_out_rows)} 行")
+        if (metrics := run.read_finished()) is None:
+            warmed_up = train_sft(run)
+            trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+            with clock("evaluation"):
+                scores = score_rows(trainer.model, tokenizer, run.held_out_rows, config.max_length)
+                baselines = measure_baselines(trainer.model, tokenizer, run.held_out_rows, scores, config)
+            metrics = build_metrics(run, trainer, summarize_scores(scores, config.beta), baselines)
+            save_run(run, trainer, metrics)
+        if mirror and not run.deliver():
+            print(f"結果をまとめた zip：{make_zip(run.folder)}")
+    finally:
+        run.close()
+    held_out = metrics["held_out"]
+    print(f"評価用の損失 {held_out['loss']:.4f}、正解率 {held_out['accuracy']:.1%}。結果：{run.folder}")
     return metrics
 
 
@@ -58,6 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--config", help="設定ファイル（run_config.json）。省くと既定の設定を使う")
     job.add_argument("--set", action="append", default=[], metavar="名前=値", help="設定を一つ変える（何度でも書ける）")
     job.add_argument("--run-dir", default="run", help="結果を置くフォルダー（既定：run）")
+    job.add_argument("--mirror", metavar="DIR", help="チェックポイントと結果の写しを置くフォルダー（Google Drive など）")
+    job.add_argument("--resume", choices=("auto", "never"), default="auto", help="前の続きから（auto、既定）か、最初から（never）か")
+    job.add_argument("--data", default="", metavar="FILE", help="自分のデータのファイルか Hub のデータセット名。省くと生成する")
+    job.add_argument("--on-error", choices=("raise", "drop"), default="raise", help="データの誤りのある行で止める（raise）か除く（drop）か")
     job.add_argument("--device", default="auto", help="auto, cuda, mps, cpu（既定：auto）")
     own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
     quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
@@ -65,7 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 2 a problem that the user can solve (told on standard error); doctor has its own."""
+    """Return the exit code: 0 done, 2 a problem that the user can solve (told on standard error), 3 stopped by NaN, 130 stopped
+    by Ctrl-C; doctor has its own."""
     arguments = make_parser().parse_args(argv)
     try:
         if arguments.job == "doctor":
@@ -73,8 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.job == "data":
             return own_data.run_data(arguments)
         config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
-        train(config.replace(read_settings(arguments.set), "--set"), Path(arguments.run_dir), arguments.device)
+        train(
+            config.replace(read_settings(arguments.set), "--set"), arguments.run_dir, arguments.device, arguments.mirror, arguments.resume,
+            arguments.data, arguments.on_error,
+        )  # fmt: skip
         return 0
+    except TrainingStopped as stopped:
+        print(f"⚠️ {stopped}", file=sys.stderr)
+        return {"nan": 3, "interrupted": 130}[stopped.reason]
     except UserError as error:
         print(f"⚠️ {error}", file=sys.stderr)
         return 2

@@ -87,8 +87,14 @@ class RunConfig:
         """Read the notebook's form variables: the knobs' names in capitals; a missing one keeps its default."""
         return cls(**{item.name: names[item.name.upper()] for item in fields(cls) if item.name.upper() in names})
 
+    def as_dict(self) -> dict:
+        return asdict(self)
+
     def save(self, path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        """Write the JSON file aside and rename it: a process killed meanwhile leaves no half of it."""
+        aside = Path(f"{path}.new")
+        aside.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
 
     @classmethod
     def load(cls, path) -> "RunConfig":

@@ -109,16 +109,42 @@ def clear_memory() -> str:
     return f"GPU のキャッシュを解放しました。使用中：{torch.cuda.memory_allocated() / 1e9:.2f} GB"
 
 
+def halve_on_out_of_memory(attempt, batch_size: int, what: str):
+    """Return attempt(batch_size), tried again with half the batch each time memory runs out, and say so."""
+    import torch
+
+    while True:
+        try:
+            return attempt(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise UserError(
+                    f"{what}のメモリーが足りません。「ランタイム → ランタイムを再起動」で、使っていないモデルを消してから実行してください。"
+                ) from None
+        batch_size //= 2
+        print(f"メモリーが足りないので、{what}で一度に計算する数を {batch_size} に減らして続けます。")
+        clear_memory()
+
+
 class Stopwatch:
-    """Adds up the wall-clock seconds of each named phase; a phase that runs again starts over, not on top."""
+    """Adds up the wall-clock seconds of each named phase; a phase that runs again starts over, not on top.
+
+    `carried` are the seconds of each phase that an interrupted process spent before: they count on top.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.carried: dict[str, float] = {}
+        self._started: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str):
-        start = time.perf_counter()
+        self._started[phase] = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] = round(time.perf_counter() - start, 3)
+            self.seconds[phase] = self.so_far(phase)
+
+    def so_far(self, phase: str) -> float:
+        """Return the seconds of a phase that is running."""
+        return round(self.carried.get(phase, 0.0) + time.perf_counter() - self._started[phase], 3)

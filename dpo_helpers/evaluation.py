@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager
 
+from dpo_helpers.environment import halve_on_out_of_memory
 from dpo_helpers.inference import encode_question
 from dpo_helpers.preferences import strip_question
 
@@ -22,9 +23,13 @@ def encode_answer(tokenizer, prompt: str, answer: str, max_length: int) -> tuple
 
 def score_answers(model, tokenizer, pairs: list[tuple[str, str]], max_length: int, batch_size: int = 16) -> list[float]:
     """Return log p(answer | prompt) in nats, summed over the answer's tokens and EOS, for each (prompt, answer)."""
+    encoded = [encode_answer(tokenizer, prompt, answer, max_length) for prompt, answer in pairs]
+    return halve_on_out_of_memory(lambda size: _score_encoded(model, tokenizer, encoded, size), batch_size, "評価")
+
+
+def _score_encoded(model, tokenizer, encoded: list[tuple[list[int], int]], batch_size: int) -> list[float]:
     import torch
 
-    encoded = [encode_answer(tokenizer, prompt, answer, max_length) for prompt, answer in pairs]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # like lengths together: less padding
     scores = [0.0] * len(encoded)
     for start in range(0, len(order), batch_size):

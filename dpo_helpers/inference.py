@@ -1,5 +1,6 @@
 """Turns questions into answers with a given model; it neither loads nor trains one."""
 
+from dpo_helpers.environment import halve_on_out_of_memory
 from dpo_helpers.preferences import make_prompt, strip_question
 
 
@@ -29,21 +30,24 @@ def generate_response(
     import torch
 
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    limits = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": find_stop_tokens(model, tokenizer)}
     prompts = [encode_question(tokenizer, question) for question in questions]
-    answers, was_training = [], model.training
+
+    def answer_all(size: int) -> list[str]:
+        answers = []
+        for start in range(0, len(prompts), size):
+            # (batch, prompt tokens), padded on the left so that every answer begins in the same column
+            batch = tokenizer.pad({"input_ids": prompts[start : start + size]}, padding_side="left", return_tensors="pt")
+            ids = model.generate(**batch.to(model.device), **limits, **sampling)
+            answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answers
+
+    was_training = model.training
     model.eval()
     with torch.random.fork_rng(), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            # (batch, prompt tokens), padded on the left so that every answer begins in the same column
-            batch = tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, padding_side="left", return_tensors="pt")
-            ids = model.generate(
-                **batch.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=find_stop_tokens(model, tokenizer), **sampling,
-            )  # fmt: skip
-            new_ids = ids[:, batch["input_ids"].shape[1] :]
-            answers += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        answers = halve_on_out_of_memory(answer_all, batch_size, "回答の生成")
     model.train(was_training)
     return [answer.rstrip("\ufffd").strip() for answer in answers]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
@@ -19,23 +20,39 @@ def load_base_model(config: RunConfig):
     the network is the reason.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     name = config.model_name
     folder = make_embedded_model(config.seed, config.held_out_fraction) if name == EMBEDDED else find_model(name)
+    tokenizer = load_tokenizer(str(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"モデル {name} を読み込めません。理由：{error}\n別のモデルを選んでください。{CHOICES}") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # as TRL's DPOTrainer does: 4 x 1 and 1 x 4 then give the same losses in the warm-up as well
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
+    """Return the tokenizer, with a pad token, of a Hub name, a local folder or "embedded", without its model."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if name == EMBEDDED:
+        folder = make_embedded_model(seed, held_out_fraction)
+    elif not folder.is_dir():
+        folder = find_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"トークナイザー {name} を読み込めません。理由：{error}\n別のモデルを選んでください。{CHOICES}") from error
     if tokenizer.eos_token is None:
         raise UserError(f"モデル {name} のトークナイザーに終端記号（EOS）がありません。別のモデルを選んでください。{CHOICES}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def find_model(name: str) -> str:
@@ -113,6 +130,24 @@ def check_trainable_precision(model) -> None:
         )
 
 
+# How the embedded model is made: rows, tokenizer, layers, and the training of its weights.
+EMBEDDED_RECIPE = {"rows": 12_000, "vocabulary": 900, "layers": 2, "width": 128, "heads": 4, "steps": 1800, "batch": 16,
+                   "peak_rate": 8e-3, "renamed": 0.4, "unseen": 0.6}  # fmt: skip
+
+
+def find_embedded_folder(seed: int, held_out_fraction: float) -> Path:
+    """Return where make_embedded_model keeps its result, whether that is there or not."""
+    rows = _embedded_rows(seed, held_out_fraction)
+    key = hashlib.sha256(json.dumps([EMBEDDED_RECIPE, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_helpers" / f"embedded-{key}"
+
+
+@cache
+def _embedded_rows(seed: int, held_out_fraction: float) -> list[dict]:
+    rows = generate_preferences(EMBEDDED_RECIPE["rows"], seed, held_out_fraction)
+    return split_rows(rows, EMBEDDED_RECIPE["unseen"], seed)[0]
+
+
 def make_embedded_model(seed: int, held_out_fraction: float) -> Path:
     """Train a tiny Japanese GPT-2 (0.6 M parameters) on generated chosen and rejected answers; return its folder.
 
@@ -125,11 +160,7 @@ def make_embedded_model(seed: int, held_out_fraction: float) -> Path:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-    recipe = {"rows": 12_000, "vocabulary": 900, "layers": 2, "width": 128, "heads": 4, "steps": 1800, "batch": 16,
-              "peak_rate": 8e-3, "renamed": 0.4, "unseen": 0.6}  # fmt: skip
-    rows, _ = split_rows(generate_preferences(recipe["rows"], seed, held_out_fraction), recipe["unseen"], seed)
-    key = hashlib.sha256(json.dumps([recipe, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_helpers" / f"embedded-{key}"
+    folder, recipe, rows = find_embedded_folder(seed, held_out_fraction), EMBEDDED_RECIPE, _embedded_rows(seed, held_out_fraction)
     if folder.is_dir():
         return folder
 

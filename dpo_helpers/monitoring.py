@@ -19,8 +19,10 @@ def collect_history(log_history: list[dict]) -> dict[str, dict[str, list[float]]
 
 
 def summarize_training(log_history: list[dict]) -> dict[str, float]:
-    """Return first_loss (step 1, before any update: ln 2) and final_train_loss (mean of the last 10 % of steps)."""
+    """Return first_loss (step 1, before any update: ln 2) and final_train_loss (mean of the last 10 % of steps); {} for no log."""
     curve = collect_history(log_history)["training"]
+    if not curve["step"]:
+        return {}
     last = curve["step"][-1]
     tail = [loss for step, loss in zip(curve["step"], curve["loss"], strict=True) if step > 0.9 * last]
     return {"first_loss": curve["loss"][0], "final_train_loss": sum(tail) / len(tail)}
@@ -50,7 +52,7 @@ def plot_training(log_history: list[dict], path=None):
         axis.legend(fontsize=9)
     axis = axes[1, 1]
     for key, text, color in (("chosen", "良い回答", blue), ("rejected", "悪い回答", orange)):
-        values = curves["held_out"][key]
+        values = curves["held_out"][key]  # empty where a run was stopped before its first evaluation
         axis.plot(curves["held_out"]["step"], [value - values[0] for value in values], color=color, marker="o", label=text)
     axis.axhline(0, color=grey, linestyle=":")
     axis.set(title="対数確率の変化（評価）", xlabel="ステップ", ylabel="学習前からの差（nat）")
@@ -61,29 +63,35 @@ def plot_training(log_history: list[dict], path=None):
     return figure
 
 
-def build_metrics(config, trainer, held_out: dict, seconds: dict[str, float], machine) -> dict:
-    """Put together what metrics.json says of a run: numbers as measured, in nats, bytes and seconds."""
+def build_metrics(run, trainer, held_out: dict | None = None, baselines: dict | None = None) -> dict:
+    """Put together what metrics.json says of a run: numbers as measured, in nats, bytes and seconds.
+
+    `resumed_at` are the steps that interrupted processes went on from, `steps_executed` the optimizer steps of this process.
+    """
     from importlib.metadata import version
 
     from dpo_helpers.environment import measure_peak_memory
     from dpo_helpers.modeling import count_parameters
 
     trainable, total = count_parameters(trainer.model)
-    steps = trainer.state.global_step
-    pairs = min(steps * config.effective_batch_size, round(len(trainer.train_dataset) * config.num_train_epochs))
+    seconds, steps = run.clock.seconds, trainer.state.global_step
+    pairs = min(steps * run.config.effective_batch_size, round(len(run.train_rows) * run.config.num_train_epochs))
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     return {
         **summarize_training(trainer.state.log_history),
-        "held_out": held_out,
+        **({"held_out": held_out, "baselines": baselines} if held_out else {}),
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "training_rows": len(trainer.train_dataset),
+        "training_rows": len(run.train_rows),
         "steps": steps,
-        "pairs_per_second": round(pairs / seconds["training"], 3),
+        "resumed_at": run.resumed_at,
+        "resumed_stages": run.resumed_stages,
+        "steps_executed": run.steps_executed,
+        "pairs_per_second": round(pairs / seconds["training"], 3) if seconds.get("training") else None,
         "seconds": {phase: seconds.get(phase, 0.0) for phase in ("setup", "data", "sft", "training", "evaluation", "saving")},
-        "peak_memory_bytes": measure_peak_memory(machine.device),
-        "device": machine.name,
-        "precision": machine.precision,
+        "peak_memory_bytes": measure_peak_memory(run.machine.device),
+        "device": run.machine.name,
+        "precision": run.machine.precision,
         "versions": {name: version(name) for name in packages},
     }
 

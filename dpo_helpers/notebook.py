@@ -2,6 +2,7 @@
 
 import ast
 import random
+from collections import Counter
 
 from dpo_helpers.preferences import strip_question
 
@@ -62,12 +63,30 @@ KIND_NAMES = {
 }  # fmt: skip
 
 
-def show_kinds(table: list[dict]):
-    """Show what evaluation.summarize_by says of the rejection kinds, with Japanese names."""
+def show_kinds(rows: list[dict], scores: list[dict], beta: float):
+    """Show the scores of each rejection kind apart, with Japanese names; rows of one's own may have none."""
+    from dpo_helpers.evaluation import summarize_by
+
+    if any("rejection_kind" not in row for row in rows):
+        print("このデータには悪さの種類（rejection_kind の列）がないので、種類ごとの表はありません。")
+        return None
     headings = {"rows": "行数", "loss": "損失", "accuracy": "正解率", "margin": "マージン"}
     return show_table(
-        [{"悪さの種類": KIND_NAMES[line["rejection_kind"]]} | {heading: line[name] for name, heading in headings.items()} for line in table]
-    )
+        [{"悪さの種類": KIND_NAMES.get(line["rejection_kind"], line["rejection_kind"])}
+         | {heading: line[name] for name, heading in headings.items()} for line in summarize_by("rejection_kind", rows, scores, beta)]
+    )  # fmt: skip
+
+
+def show_split(train_rows: list[dict], held_out_rows: list[dict]):
+    """Show how many rows, questions and rows of each rejection kind stand on either side of the split."""
+    table = []
+    for name, rows in (("学習用", train_rows), ("評価用", held_out_rows)):
+        line = {"": name, "行数": len(rows), "違う質問": len({row["prompt"] for row in rows})}
+        if all("concept" in row for row in rows):
+            line["概念"] = len({row["concept"] for row in rows})
+        kinds = Counter(row["rejection_kind"] for row in rows if "rejection_kind" in row)
+        table.append(line | {KIND_NAMES.get(kind, kind): kinds[kind] for kind in sorted(kinds)})
+    return show_table(table)
 
 
 def show_rows(rows: list[dict]):

@@ -5,6 +5,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from dpo_helpers.config import UserError
@@ -203,6 +204,31 @@ def _find_repeats(chosen_keys: array, rejected_keys: array) -> dict[int, tuple[s
     return repeats
 
 
+def collect_rows(config, tokenizer, source: str = "", on_error: str = "raise", folder=None) -> Sequence:
+    """Return the rows of a run: generated ones, or all of `source`; those that leave nothing to learn are left out, and told.
+
+    With `on_error="drop"` the wrong rows of `source` are counted too, and listed in folder/dropped_rows.jsonl.
+    """
+    from dpo_helpers.preferences import generate_preferences
+    from dpo_helpers.token_report import drop_unusable
+
+    if not source:
+        rows = generate_preferences(config.num_samples, config.seed, config.held_out_fraction)
+        rows, dropped = drop_unusable(rows, tokenizer, config.max_length)
+        if dropped:
+            print(
+                f"{config.max_length} トークンで切ると学べるところが残らない {len(dropped):,} 行を除きました。MAX_LENGTH を増やすと使えます。"
+            )
+        return rows
+    listed = Path(folder) / "dropped_rows.jsonl" if folder else None
+    rows = load_preferences(source, on_error=on_error, dropped_file=listed, tokenizer=tokenizer, max_length=config.max_length)
+    print(f"{source}：{len(rows):,} 行を使います。")
+    if rows.problems:
+        reasons = "、".join(f"{line['理由']} {line['行数']:,}" for line in count_problems(rows))
+        print(f"{len(rows.problems):,} 行を除きました（{reasons}）。一覧：{listed}")
+    return rows
+
+
 def add_data_arguments(parser) -> None:
     """Add the options of `data` to an argparse parser."""
     parser.add_argument("--count", type=int, default=1000, help="生成する行数（既定：1000）")
@@ -217,25 +243,9 @@ def add_data_arguments(parser) -> None:
     parser.add_argument("--json", action="store_true", help="結果をプログラム用の JSON で書く")
 
 
-def load_tokenizer(name: str):
-    """Load the tokenizer of a Hub name, a local folder or "embedded", without its model."""
-    from transformers import AutoTokenizer
-
-    from dpo_helpers.modeling import EMBEDDED, make_embedded_model
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(make_embedded_model(42, 0.2) if name == EMBEDDED else name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"トークナイザー {name} を読み込めません。理由：{error}\n名前、フォルダー、ネットワークを確かめてください。"
-        ) from error
-    if tokenizer.eos_token is None:
-        raise UserError(f"トークナイザー {name} に終端記号（EOS）がありません。別のものを選んでください。")
-    return tokenizer
-
-
 def run_data(arguments) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error). UserError: unreadable."""
+    from dpo_helpers.modeling import load_tokenizer
     from dpo_helpers.preferences import generate_preferences
     from dpo_helpers.token_report import build_token_report, describe_token_report, measure_rows
 

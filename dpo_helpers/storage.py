@@ -3,32 +3,33 @@
 import hashlib
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.environment import in_colab
 
 BASE_MODEL_FOLDER = "base_model"  # holds the embedded model, which no other machine could download
+CHECKPOINTS = "checkpoints"  # the folder inside a run's folder that training goes on from
 DRIVE_ROOT = Path("/content/drive")
 
 
-def prepare_run_folder(folder, config: RunConfig) -> Path:
-    """Make the folder for a run and write run_config.json; refuse one that holds a run with another configuration."""
-    folder = Path(folder)
-    existing = folder / "run_config.json"
-    if existing.is_file() and (different := RunConfig.load(existing).differences(config)):
-        raise UserError(
-            f"フォルダー {folder} には別の設定の結果があるので、上書きしません。違い：{'、'.join(different)}\n"
-            "別の名前（例：run-2）を RUN_DIR に書くか、このフォルダーの名前を変えてから、もう一度実行してください。"
-        )
+def prepare_run_folder(folder: Path, config: RunConfig) -> None:
+    """Make the folder for a run and write run_config.json."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(existing)
+        config.save(folder / "run_config.json")
     except OSError as error:
         raise UserError(
             f"フォルダー {folder} に書き込めません（{error.strerror}）。書き込める場所を RUN_DIR に指定してください。"
         ) from None
-    return folder
+
+
+def list_result_files(folder) -> list[Path]:
+    """Return the files of a run's folder that are its result: without checkpoints, locks and what a mirror's slots hold."""
+    inner = {CHECKPOINTS, "slot-0", "slot-1"}
+    return [path for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and path.name != "run.lock" and path.relative_to(folder).parts[0] not in inner]  # fmt: skip
 
 
 def write_json(path, value) -> None:
@@ -87,9 +88,13 @@ def load_run(folder):
 
 
 def make_zip(folder) -> Path:
-    """Pack a run's folder, without the trainers' working files, into one zip beside it and return its path."""
+    """Pack a run's result, without its checkpoints, into one zip beside its folder and return its path."""
     folder = Path(folder).resolve()
-    return Path(shutil.make_archive(str(folder), "zip", root_dir=folder.parent, base_dir=folder.name))
+    archive = folder.with_name(f"{folder.name}.zip")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in list_result_files(folder):
+            packed.write(path, path.relative_to(folder.parent))
+    return archive
 
 
 def download_file(path, wanted: bool) -> None:
@@ -102,8 +107,8 @@ def download_file(path, wanted: bool) -> None:
         print(f"ダウンロードはしていません。ファイルは {path} にあります。")
 
 
-def mount_drive(wanted: bool) -> Path | None:
-    """Ask for Google Drive and return the folder for copies of runs, or None with a line that says why and what follows.
+def mount_drive(wanted: bool, run_dir) -> Path | None:
+    """Ask for Google Drive and return the folder there for this run, or None with a line that says why and what follows.
 
     A refusal is an answer: training goes on, and the result stays on this machine.
     """
@@ -122,40 +127,74 @@ def mount_drive(wanted: bool) -> Path | None:
             print(f"Google Drive に接続できませんでした（{error}）。学習はこのまま続けられます。")
             print("使いたい場合はこのセルをもう一度実行して許可してください。使わない場合は最後に zip をダウンロードしてください。")
             return None
-    print("Google Drive に接続しました。結果は マイドライブ/dpo_runs に保存します。")
-    return DRIVE_ROOT / "MyDrive" / "dpo_runs"
+    folder = DRIVE_ROOT / "MyDrive" / "dpo_runs" / Path(run_dir).name
+    print(f"Google Drive に接続しました。途中経過と結果は マイドライブ/dpo_runs/{folder.name} に保存します。")
+    return folder
 
 
-def copy_run(folder, target_root) -> Path | None:
-    """Copy a run's folder under `target_root` and compare every file; return the copy, or None with a line on what failed.
+def unmount_drive(wanted: bool) -> None:
+    """Flush what is written to Google Drive and let go of it, where that is wanted and Drive is there."""
+    if not (wanted and in_colab() and (DRIVE_ROOT / "MyDrive").is_dir()):
+        return
+    from google.colab import drive
 
-    An existing copy of another run is kept: the new one gets the next free number.
-    """
-    folder, target_root = Path(folder), Path(target_root)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     try:
-        target = _free_name(target_root, folder)
-        for path in files:
-            copy = target / path.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            if hash_file(copy) != hash_file(path):
-                raise OSError(f"{path.name} の内容が一致しません")
+        drive.flush_and_unmount()
+    except ValueError as error:
+        print(f"Google Drive を切り離せませんでした（{error}）。保存した内容は確かめてあるので、このまま閉じてもかまいません。")
+    else:
+        print("Google Drive への書き込みをすべて終え、切り離しました。")
+
+
+def choose_data_file(path: str, upload: bool, mirror: Path | None) -> str:
+    """Return the user's own file: an uploaded one, kept on Drive where that is connected, else what the form says ("" for none).
+
+    A machine that is lost takes the upload with it: without a copy the run could not go on elsewhere.
+    """
+    if not upload:
+        return path.strip()
+    if not in_colab():
+        raise UserError("アップロードは Colab だけで使えます。UPLOAD_FILE をオフにして、DATA_FILE にファイルのパスを書いてください。")
+    from google.colab import files
+
+    names = list(files.upload())
+    if len(names) != 1:
+        raise UserError(f"ファイルを一つ選んでください（選ばれた数：{len(names)}）。使わない場合は UPLOAD_FILE をオフにしてください。")
+    if mirror is None:
+        return names[0]
+    kept = mirror.parent / "data" / names[0]
+    try:
+        copy_file(Path(names[0]), kept)
     except OSError as error:
-        print(f"{target_root} へコピーできませんでした（{error}）。結果は {folder} に残っています。zip をダウンロードしてください。")
-        return None
+        print(f"Google Drive に写しを置けませんでした（{error}）。切断に備えて、元のファイルを手元に残しておいてください。")
+        return names[0]
+    print(f"写しを {kept} に置きました。次からは UPLOAD_FILE をオフにして、DATA_FILE にこのパスを書けます。")
+    return str(kept)
+
+
+def copy_run(folder, target) -> bool:
+    """Copy a run's result into `target`, its folder on Drive, and compare every file; return whether all of it is there.
+
+    Files are overwritten in place: nothing is deleted or renamed, so nothing fills Drive's bin.
+    """
+    folder, target = Path(folder), Path(target)
+    files = list_result_files(folder)
+    try:
+        for path in files:
+            copy_file(path, target / path.relative_to(folder))
+    except OSError as error:
+        print(f"{target} へコピーできませんでした（{error}）。結果は {folder} に残っています。zip をダウンロードしてください。")
+        return False
     print(f"{target} に {len(files)} 個のファイルを保存し、内容が一致することを確かめました。")
-    return target
+    return True
 
 
-def _free_name(root: Path, folder: Path) -> Path:
-    """Return root/name, or root/name-2 and so on where that name belongs to a run with another configuration."""
-    number = 1
-    while True:
-        target = root / (folder.name if number == 1 else f"{folder.name}-{number}")
-        if not (target / "run_config.json").is_file() or hash_file(target / "run_config.json") == hash_file(folder / "run_config.json"):
-            return target
-        number += 1
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file over another in place and read it back; raises OSError where that does not work or does not match."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    if hash_file(target) != hash_file(source):
+        raise OSError(f"{source.name} の内容が一致しません")
 
 
 def hash_file(path) -> str:
@@ -164,16 +203,29 @@ def hash_file(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_run(folder, model, tokenizer, train_rows, held_out_rows, log_history, sft_log_history, metrics) -> list[str]:
-    """Complete a run's folder: adapter, tokenizer, rows, logs, metrics and plot; return the names of its files."""
+def save_run(run, trainer, metrics: dict) -> list[str]:
+    """Complete a run's folder: adapter, tokenizer, rows, logs, plot, and metrics last; return the names of its files."""
+    folder = run.folder
+    with run.clock("saving"):
+        write_rows(folder / "train.jsonl", run.train_rows)
+        write_rows(folder / "held_out.jsonl", run.held_out_rows)
+        _save_training(folder, trainer, trainer.state.log_history, run.sft_log)
+    metrics["seconds"]["saving"] = run.clock.seconds["saving"]
+    write_json(folder / "metrics.json", metrics)  # last: a folder with metrics is a finished one
+    return [str(path.relative_to(folder)) for path in list_result_files(folder)]
+
+
+def save_stopped(run, stage: str, trainer, metrics: dict) -> None:
+    """Save what there is of a run that ended early in `stage`: the adapter as it is, the logs, the plots so far, metrics."""
+    log = trainer.state.log_history
+    _save_training(run.folder, trainer, *(([], log) if stage == "sft" else (log, run.sft_log)))
+    write_json(run.folder / "metrics.json", metrics)
+
+
+def _save_training(folder: Path, trainer, log_history: list[dict], sft_log_history: list[dict]) -> None:
     from dpo_helpers.monitoring import plot_training
 
-    folder = Path(folder)
-    save_model(folder, model, tokenizer)
-    write_rows(folder / "train.jsonl", train_rows)
-    write_rows(folder / "held_out.jsonl", held_out_rows)
+    save_model(folder, trainer.model, trainer.processing_class)
     write_json(folder / "log_history.json", log_history)
     write_json(folder / "sft_log_history.json", sft_log_history)
     plot_training(log_history, folder / "training.png")
-    write_json(folder / "metrics.json", metrics)  # last: a folder with metrics is a finished one
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

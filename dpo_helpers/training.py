@@ -1,11 +1,13 @@
-"""Turns our configuration and rows into TRL's SFTTrainer and DPOTrainer, and runs them; it decides nothing that TRL decides."""
+"""Turns a run's configuration and rows into TRL's SFTTrainer and DPOTrainer; the training itself goes through train_stage."""
 
+import shutil
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig
-from dpo_helpers.environment import Machine
+from dpo_helpers.environment import halve_on_out_of_memory
 from dpo_helpers.modeling import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.preferences import strip_question
+from dpo_helpers.run import Run
+from dpo_helpers.stages import train_stage
 
 ANSWER_SIDES = ("chosen", "rejected")
 
@@ -30,18 +32,21 @@ def sample_curve_rows(held_out_rows: list[dict], count: int = 40) -> list[dict]:
     return [held_out_rows[int(i * step)] for i in range(min(count, len(held_out_rows)))]
 
 
-def _shared_arguments(config: RunConfig, folder: Path, machine: Machine) -> dict:
+def _shared_arguments(run: Run, stage: str) -> dict:
     """What both stages hand to transformers' TrainingArguments."""
+    config, machine = run.config, run.machine
     return {
-        "output_dir": str(folder),
+        "output_dir": str(run.checkpoints / f"writing-{stage}"),
         "seed": config.seed,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "per_device_train_batch_size": run.micro_batch,
+        "gradient_accumulation_steps": run.accumulation,
         "max_length": config.max_length,
         "max_grad_norm": config.max_grad_norm,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
-        "save_strategy": "no",
+        "logging_nan_inf_filter": False,  # a broken loss must be seen
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_steps,
         "report_to": config.report_to,
         "bf16": machine.precision == "bf16",
         "fp16": machine.precision == "fp16",
@@ -52,51 +57,61 @@ def _shared_arguments(config: RunConfig, folder: Path, machine: Machine) -> dict
     }
 
 
-def train_sft(config: RunConfig, train_rows: list[dict], folder, machine: Machine) -> tuple[Path | None, list[dict]]:
-    """Teach the base model the chosen answers; return (folder of the warmed-up adapter, log history).
+def train_sft(run: Run) -> Path | None:
+    """Teach the base model the chosen answers, or go on where that was; return the folder of the warmed-up adapter.
 
-    The loss is the mean negative log-likelihood of the answers' tokens alone. With `sft_epochs` 0 there is no warm-up:
-    (None, []).
+    The loss is the mean negative log-likelihood of the answers' tokens alone; `run.sft_log` holds the log history. With
+    `sft_epochs` 0 there is no warm-up: None.
     """
-    if config.sft_epochs == 0:
+    if run.config.sft_epochs == 0:
         print("SFT_EPOCHS が 0 なので、教師あり学習は行いません。")
-        return None, []
+        return None
+    adapter, checkpoint = run.checkpoints / "warmed-up", run.newest()
+    if checkpoint and checkpoint.stage == "dpo":
+        print("教師あり学習は終わっているので、その結果を使います。")
+        shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
+        return adapter
+    trainer = train_stage(run, "sft", _build_sft_trainer)
+    run.sft_log = trainer.state.log_history
+    trainer.model.save_pretrained(adapter)
+    return adapter
+
+
+def _build_sft_trainer(run: Run):
     from trl import SFTConfig, SFTTrainer
 
-    base, tokenizer = load_base_model(config)
+    base, tokenizer = load_base_model(run.config)
+    run.use_base(base)
     # SFTTrainer reads `completion` beside a prompt, as text or as messages
-    data = make_dataset(train_rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
+    data = make_dataset(run.train_rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
     trainer = SFTTrainer(
         model=base,
         args=SFTConfig(
-            num_train_epochs=config.sft_epochs,
-            learning_rate=config.sft_learning_rate,
-            **_shared_arguments(config, Path(folder) / "sft", machine),
+            num_train_epochs=run.config.sft_epochs,
+            learning_rate=run.config.sft_learning_rate,
+            **_shared_arguments(run, "sft"),
         ),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=make_lora_config(config, base),
+        peft_config=make_lora_config(run.config, base),
     )
     check_trainable_precision(trainer.model)
-    trainer.train()
-    adapter = Path(folder) / "sft" / "adapter"
-    trainer.model.save_pretrained(adapter)
-    return adapter, trainer.state.log_history
+    return trainer
 
 
-def build_dpo_trainer(
-    config: RunConfig, train_rows: list[dict], curve_rows: list[dict], folder, machine: Machine, warmed_up: Path | None = None
-):
+def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
     """Return a DPOTrainer (Rafailov et al. 2023) that trains one LoRA adapter named `default` on a freshly loaded base.
 
     Without a warm-up the adapter is new, and the base itself is the reference. With the folder of a warmed-up adapter it
-    goes on from there, and TRL keeps a frozen copy named `ref` as the reference. `curve_rows` are held-out rows that are
+    goes on from there, and TRL keeps a frozen copy named `ref` as the reference. A sample of the held-out rows is
     evaluated every `checkpoint_steps` for the plots.
     """
     from peft import PeftModel
     from trl import DPOConfig, DPOTrainer
 
+    config = run.config
     model, tokenizer = load_base_model(config)
+    run.use_base(model)
     lora = make_lora_config(config, model)
     if warmed_up is not None:
         model, lora = PeftModel.from_pretrained(model, warmed_up, is_trainable=True), None
@@ -109,12 +124,12 @@ def build_dpo_trainer(
             loss_type=[config.loss_type],
             eval_strategy="steps",
             eval_steps=config.checkpoint_steps,
-            eval_on_start=True,
-            per_device_eval_batch_size=8,
-            **_shared_arguments(config, Path(folder) / "dpo", machine),
+            eval_on_start=run.newest("dpo") is None,  # a resumed log has that line already
+            per_device_eval_batch_size=run.eval_batch,
+            **_shared_arguments(run, "dpo"),
         ),
-        train_dataset=make_dataset(train_rows, tokenizer),
-        eval_dataset=make_dataset(curve_rows, tokenizer),
+        train_dataset=make_dataset(run.train_rows, tokenizer),
+        eval_dataset=make_dataset(sample_curve_rows(run.held_out_rows), tokenizer),
         processing_class=tokenizer,
         peft_config=lora,
     )
@@ -127,13 +142,23 @@ def evaluate_curve_rows(trainer) -> dict:
 
     It is read from the log, because TRL 0.29 returns the loss alone from evaluate().
     """
-    trainer.evaluate()
-    return trainer.state.log_history[-1]
+
+    def measure(batch_size: int) -> dict:
+        trainer.args.per_device_eval_batch_size = batch_size
+        trainer.evaluate()
+        return trainer.state.log_history[-1]
+
+    return halve_on_out_of_memory(measure, trainer.args.per_device_eval_batch_size, "評価")
 
 
-def train_dpo(trainer) -> None:
-    """Train once; a trainer that has trained already is left alone, so that a cell run twice does no harm."""
-    if trainer.state.global_step > 0:
-        print("この学習は終わっています。最初からやり直すには、DPO の準備のセルから実行してください。")
-        return
-    trainer.train()
+def train_dpo(run: Run, trainer, warmed_up: Path | None = None):
+    """Train to the end, from the newest checkpoint if there is one; return the trainer that did it.
+
+    That is another one than was given when memory ran out. A trainer that has trained already is left alone, so that a cell
+    run twice does no harm.
+    """
+    if trainer.state.global_step >= trainer.state.max_steps > 0:
+        print("この学習は終わっています。最初からやり直すには RESUME を「最初から」にして、そのセルから実行してください。")
+        return trainer
+    stopped_before = trainer.state.global_step > 0  # its optimizer and adapters may be anywhere: begin from the checkpoint
+    return train_stage(run, "dpo", lambda run: build_dpo_trainer(run, warmed_up), None if stopped_before else trainer)

@@ -72,6 +72,24 @@ def tiny_models(tmp_path_factory, embedded_folder):
     return folders
 
 
+@pytest.fixture
+def start_run(tmp_path):
+    """A function that opens a run on the CPU with given rows; all of them are closed after the test."""
+    from dpo_helpers.environment import find_machine
+    from dpo_helpers.run import open_run
+
+    opened = []
+
+    def start(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
+        opened.append(open_run(config, folder, find_machine("cpu"), **options))
+        opened[-1].use_rows(train_rows, held_out_rows)
+        return opened[-1]
+
+    yield start
+    for run in opened:
+        run.close()
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """The folder and metrics of a small real run: embedded model, 150 rows, with a warm-up."""

@@ -41,7 +41,7 @@ def test_training_from_a_terminal_leaves_the_same_files_as_the_notebook(tiny_mod
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["rows"] == 6
     assert not (tmp_path / "run" / "reference").exists()
     assert main([*arguments[:-1], "cpu", "--set", "beta=0.5"]) == 2
-    assert "上書きしません" in capsys.readouterr().err
+    assert "続きにも上書きにも使いません" in capsys.readouterr().err
 
 
 def test_the_package_is_light_to_import():

@@ -80,24 +80,22 @@ def test_a_new_process_gives_the_same_log_probs_and_answers_as_the_loaded_run(fi
     assert answers == [answer.strip() for answer in recomputed["answers"]]
 
 
-def test_the_saved_adapter_is_the_trained_one(tiny_models, rows, tmp_path):
-    from dpo_helpers.environment import find_machine
+def test_the_saved_adapter_is_the_trained_one(tiny_models, rows, start_run):
     from dpo_helpers.evaluation import score_rows
     from dpo_helpers.storage import save_model
     from dpo_helpers.training import build_dpo_trainer, train_dpo
 
-    config = RunConfig(model_name=str(tiny_models["gpt2"]), learning_rate=1e-3)
-    trainer = build_dpo_trainer(config, rows[:16], rows[16:24], tmp_path, find_machine("cpu"))
-    train_dpo(trainer)
+    config = RunConfig(model_name=str(tiny_models["gpt2"]), learning_rate=1e-3, sft_epochs=0)
+    run = start_run(config, rows[:16], rows[16:24])
+    trainer = train_dpo(run, build_dpo_trainer(run))
     trained = score_rows(trainer.model, trainer.processing_class, rows[:8], 128)
-    save_model(tmp_path / "run", trainer.model, trainer.processing_class)
-    config.save(tmp_path / "run" / "run_config.json")
-    model, tokenizer, _ = load_run(tmp_path / "run")
+    save_model(run.folder, trainer.model, trainer.processing_class)
+    model, tokenizer, _ = load_run(run.folder)
     for before, after in zip(trained, score_rows(model, tokenizer, rows[:8], 128), strict=True):
         assert after == pytest.approx(before, abs=1e-5)
     questions = [row["prompt"] for row in rows[:5]]
     assert generate_response(model, tokenizer, questions) == generate_response(trainer.model, tokenizer, questions)
-    assert not (tmp_path / "run" / "reference").exists()
+    assert not (run.folder / "reference").exists()
 
 
 def test_no_concept_is_on_both_sides_of_the_saved_rows(finished_run):

@@ -8,15 +8,6 @@ from dpo_helpers import storage
 from dpo_helpers.config import RunConfig, UserError
 
 
-def test_a_folder_with_another_configuration_is_refused_and_left_alone(tmp_path):
-    storage.prepare_run_folder(tmp_path / "run", RunConfig())
-    with pytest.raises(UserError, match=r"beta: 0\.1 → 0\.2") as error:
-        storage.prepare_run_folder(tmp_path / "run", RunConfig(beta=0.2))
-    assert "RUN_DIR" in str(error.value)
-    assert RunConfig.load(tmp_path / "run" / "run_config.json") == RunConfig()
-    storage.prepare_run_folder(tmp_path / "run", RunConfig())
-
-
 def test_a_place_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="書き込めません"):
@@ -28,20 +19,23 @@ def test_an_incomplete_run_names_what_is_missing(tmp_path):
         storage.load_run(tmp_path)
 
 
-def make_run(folder, config):
-    storage.prepare_run_folder(folder, config)
-    (folder / "reference").mkdir()
-    (folder / "reference" / "adapter_model.safetensors").write_bytes(b"weights")
+def make_run(folder):
+    storage.prepare_run_folder(folder, RunConfig())
+    for name in ("reference/adapter_model.safetensors", "checkpoints/dpo-000025/optimizer.pt", "run.lock"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"weights")
     return folder
 
 
-def test_a_copy_is_complete_and_never_replaces_another_run(tmp_path, capsys):
-    first = storage.copy_run(make_run(tmp_path / "a" / "run", RunConfig()), tmp_path / "drive")
-    second = storage.copy_run(make_run(tmp_path / "b" / "run", RunConfig(seed=1)), tmp_path / "drive")
-    again = storage.copy_run(tmp_path / "a" / "run", tmp_path / "drive")
-    assert (first.name, second.name, again.name) == ("run", "run-2", "run")
-    assert (second / "reference" / "adapter_model.safetensors").read_bytes() == b"weights"
-    assert RunConfig.load(first / "run_config.json").seed == 42
+def test_a_copy_holds_the_result_alone_and_is_overwritten_in_place(tmp_path, capsys):
+    run, drive = make_run(tmp_path / "run"), tmp_path / "drive" / "run"
+    assert storage.copy_run(run, drive)
+    files = {path.relative_to(drive).as_posix(): path.stat().st_ino for path in drive.rglob("*") if path.is_file()}
+    assert sorted(files) == ["reference/adapter_model.safetensors", "run_config.json"]
+    assert (drive / "reference" / "adapter_model.safetensors").read_bytes() == b"weights"
+    (run / "reference" / "adapter_model.safetensors").write_bytes(b"new")
+    assert storage.copy_run(run, drive) and (drive / "reference" / "adapter_model.safetensors").read_bytes() == b"new"
+    assert {name: (drive / name).stat().st_ino for name in files} == files
     assert "一致することを確かめました" in capsys.readouterr().out
 
 
@@ -50,20 +44,20 @@ def test_a_failed_copy_says_where_the_result_is(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage.shutil, "copyfile", fail)
-    assert storage.copy_run(make_run(tmp_path / "run", RunConfig()), tmp_path / "drive") is None
+    assert not storage.copy_run(make_run(tmp_path / "run"), tmp_path / "drive")
     assert "No space left" in (text := capsys.readouterr().out) and "zip" in text
 
 
 def test_a_copy_that_differs_is_noticed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(storage.shutil, "copyfile", lambda source, target: target.write_bytes(b"damaged"))
-    assert storage.copy_run(make_run(tmp_path / "run", RunConfig()), tmp_path / "drive") is None
+    assert not storage.copy_run(make_run(tmp_path / "run"), tmp_path / "drive")
     assert "一致しません" in capsys.readouterr().out
 
 
-def test_the_zip_holds_the_folder(tmp_path):
-    archive = storage.make_zip(make_run(tmp_path / "run", RunConfig()))
+def test_the_zip_holds_the_result_without_the_checkpoints(tmp_path):
+    archive = storage.make_zip(make_run(tmp_path / "run"))
     assert archive == tmp_path / "run.zip"
-    assert {"run/run_config.json", "run/reference/adapter_model.safetensors"} <= set(zipfile.ZipFile(archive).namelist())
+    assert sorted(zipfile.ZipFile(archive).namelist()) == ["run/reference/adapter_model.safetensors", "run/run_config.json"]
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ def colab(monkeypatch, tmp_path):
 
 
 def test_drive_is_asked_for_once(colab, tmp_path, capsys):
-    assert storage.mount_drive(True) == storage.mount_drive(True) == tmp_path / "MyDrive" / "dpo_runs"
+    assert storage.mount_drive(True, "run") == storage.mount_drive(True, "run") == tmp_path / "MyDrive" / "dpo_runs" / "run"
     assert colab.drive.mounts == 1 and "接続しました" in capsys.readouterr().out
 
 
@@ -99,18 +93,18 @@ def test_no_is_an_answer(colab, capsys, error):
         raise error
 
     colab.drive.mount = refuse
-    assert storage.mount_drive(True) is None
+    assert storage.mount_drive(True, "run") is None
     text = capsys.readouterr().out
     assert str(error) in text and "このまま続けられます" in text and "zip" in text
 
 
 def test_drive_not_wanted_is_not_asked_for(colab, capsys):
-    assert storage.mount_drive(False) is None and colab.drive.mounts == 0
+    assert storage.mount_drive(False, "run") is None and colab.drive.mounts == 0
     assert "zip" in capsys.readouterr().out
 
 
 def test_off_colab_there_is_no_drive(capsys):
-    assert storage.mount_drive(True) is None
+    assert storage.mount_drive(True, "run") is None
     assert "Colab ではない" in capsys.readouterr().out
 
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.own_data import add_data_arguments, load_preferences, load_tokenizer, run_data
+from dpo_helpers.modeling import load_tokenizer
+from dpo_helpers.own_data import add_data_arguments, load_preferences, run_data
 from dpo_helpers.token_report import (
     build_token_report,
     describe_token_report,
@@ -52,14 +53,17 @@ def small_model(tmp_path_factory, gpt2_tokenizer):
 
 def prepare(rows, folder, tmp_path, max_length, chat=False):
     """Return the token ids of (prompt, chosen, rejected) as the installed trainer prepared them, and its tokenizer."""
-    from dpo_helpers.environment import find_machine
+    from dpo_helpers.environment import Stopwatch, find_machine
+    from dpo_helpers.run import Run
     from dpo_helpers.training import build_dpo_trainer
 
     if chat:
         folder = shutil.copytree(folder, tmp_path / "chat")
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     config = RunConfig(model_name=str(folder), max_length=max_length, sft_epochs=0)
-    trainer = build_dpo_trainer(config, rows, rows[:2], tmp_path, find_machine("cpu"))
+    run = Run(config, tmp_path, find_machine("cpu"), None, Stopwatch())
+    run.use_rows(rows, rows[:2])
+    trainer = build_dpo_trainer(run)
     prepared = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
     return prepared, trainer.processing_class
 

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.environment import find_machine
 from dpo_helpers.evaluation import score_rows, summarize_scores, use_stage
 from dpo_helpers.modeling import load_base_model
 from dpo_helpers.monitoring import summarize_training
@@ -27,19 +26,21 @@ def make_config(model, **changes):
     return RunConfig(**{**values, "sft_epochs": 0, **changes})
 
 
-def run(config, rows, folder, count=32):
-    machine = find_machine("cpu")
-    warmed_up, _ = train_sft(config, rows[:count], folder, machine)
-    trainer = build_dpo_trainer(config, rows[:count], rows[count : count + 16], folder, machine, warmed_up)
-    train_dpo(trainer)
-    return trainer
+@pytest.fixture
+def run(start_run, tmp_path):
+    def train(config, rows, folder=tmp_path / "run", count=32):
+        run = start_run(config, rows[:count], rows[count : count + 16], folder)
+        warmed_up = train_sft(run)
+        return train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+
+    return train
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
 @pytest.mark.parametrize("sft_epochs", [0, 1])
-def test_the_first_loss_is_ln_2_and_the_loss_falls(tiny_models, rows, tmp_path, layout, sft_epochs):
+def test_the_first_loss_is_ln_2_and_the_loss_falls(tiny_models, rows, run, layout, sft_epochs):
     repeated = rows[:4] * 16 + rows[100:116]  # four pairs again and again can be learned even by random layers
-    trainer = run(make_config(tiny_models[layout], sft_epochs=sft_epochs, learning_rate=1e-2), repeated, tmp_path, count=64)
+    trainer = run(make_config(tiny_models[layout], sft_epochs=sft_epochs, learning_rate=1e-2), repeated, count=64)
     summary = summarize_training(trainer.state.log_history)
     assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert summary["final_train_loss"] < 0.5
@@ -48,7 +49,7 @@ def test_the_first_loss_is_ln_2_and_the_loss_falls(tiny_models, rows, tmp_path, 
 
 
 @pytest.mark.parametrize("sft_epochs", [0, 1])
-def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, tmp_path, sft_epochs):
+def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, run, tmp_path, sft_epochs):
     losses = {}
     for batch, accumulation in ((4, 1), (1, 4)):
         config = make_config(
@@ -59,25 +60,25 @@ def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, tmp
     assert len(losses[4]) == 8 and losses[4] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_the_warm_up_teaches_the_chosen_answers_and_dpo_starts_from_it(tiny_models, rows, tmp_path):
-    config = make_config(tiny_models["gpt2"], sft_epochs=3)
-    warmed_up, log = train_sft(config, rows[:64], tmp_path, find_machine("cpu"))
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+def test_the_warm_up_teaches_the_chosen_answers_and_dpo_starts_from_it(tiny_models, rows, start_run):
+    run = start_run(make_config(tiny_models["gpt2"], sft_epochs=3), rows[:64], rows[64:72])
+    warmed_up = train_sft(run)
+    losses = [entry["loss"] for entry in run.sft_log if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
-    trainer = build_dpo_trainer(config, rows[:16], rows[16:24], tmp_path, find_machine("cpu"), warmed_up)
+    trainer = build_dpo_trainer(run, warmed_up)
     model = trainer.model
     before = {name: p.clone() for name, p in model.named_parameters() if ".ref." in name}
     for name, value in before.items():
         assert value.equal(model.get_parameter(name.replace(".ref.", ".default.")))
-    train_dpo(trainer)
+    train_dpo(run, trainer, warmed_up)
     assert all(value.equal(model.get_parameter(name)) for name, value in before.items())
     assert any(not value.equal(model.get_parameter(name.replace(".ref.", ".default."))) for name, value in before.items())
 
 
 @pytest.mark.parametrize("sft_epochs", [0, 1])
-def test_our_figures_are_those_of_trl(tiny_models, rows, tmp_path, sft_epochs):
+def test_our_figures_are_those_of_trl(tiny_models, rows, run, sft_epochs):
     config = make_config(tiny_models["gpt2"], sft_epochs=sft_epochs)
-    trainer = run(config, rows, tmp_path)
+    trainer = run(config, rows)
     theirs = evaluate_curve_rows(trainer)
     ours = summarize_scores(score_rows(trainer.model, trainer.processing_class, rows[32:48], config.max_length), config.beta)
     assert ours["loss"] == pytest.approx(theirs["eval_loss"], abs=1e-4)
@@ -85,7 +86,7 @@ def test_our_figures_are_those_of_trl(tiny_models, rows, tmp_path, sft_epochs):
     assert ours["accuracy"] == pytest.approx(theirs["eval_rewards/accuracies"])
 
 
-def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, tmp_path):
+def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, start_run, tmp_path):
     from dpo_helpers.evaluation import encode_answer
 
     for template in (None, CHAT):
@@ -95,7 +96,7 @@ def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, tmp_path):
         tokenizer.save_pretrained(tmp_path / "model")
         for name in ("config.json", "model.safetensors"):
             (tmp_path / "model" / name).write_bytes((tiny_models["gpt2"] / name).read_bytes())
-        trainer = build_dpo_trainer(make_config(tmp_path / "model"), rows[:8], rows[8:12], tmp_path, find_machine("cpu"))
+        trainer = build_dpo_trainer(start_run(make_config(tmp_path / "model"), rows[:8], rows[8:12]))
         for row, prepared in zip(rows[:8], trainer.train_dataset, strict=True):
             for side in ("chosen", "rejected"):
                 ids, prompt_length = encode_answer(trainer.processing_class, row["prompt"], row[side], config.max_length)
@@ -103,8 +104,8 @@ def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, tmp_path):
                 assert prompt_length == len(prepared["prompt_ids"])
 
 
-def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, tmp_path):
-    trainer = run(make_config(tiny_models["gpt2"], sft_epochs=1), rows, tmp_path)
+def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, run):
+    trainer = run(make_config(tiny_models["gpt2"], sft_epochs=1), rows)
     base, _ = load_base_model(make_config(tiny_models["gpt2"]))
     import torch
 
@@ -120,12 +121,16 @@ def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, tmp_p
     assert all(p.requires_grad == (".default." in name) for name, p in trainer.model.named_parameters())
 
 
-def test_training_twice_trains_once(tiny_models, rows, tmp_path, capsys):
-    trainer = run(make_config(tiny_models["gpt2"]), rows, tmp_path, count=8)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    train_dpo(trainer)
+def test_cells_run_twice_train_once(tiny_models, rows, start_run, capsys):
+    run = start_run(make_config(tiny_models["gpt2"], sft_epochs=1), rows[:8], rows[8:16])
+    warmed_up = train_sft(run)
+    trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+    before, steps = {name: p.clone() for name, p in trainer.model.named_parameters()}, dict(run.steps_executed)
+    assert train_dpo(run, trainer, warmed_up) is trainer
     assert "終わっています" in capsys.readouterr().out
-    assert all(value.equal(trainer.model.get_parameter(name)) for name, value in before.items())
+    again = train_dpo(run, build_dpo_trainer(run, train_sft(run)), warmed_up)
+    assert run.steps_executed == steps == {"sft": 2, "dpo": 2}
+    assert all(value.equal(again.model.get_parameter(name)) for name, value in before.items())
 
 
 def test_a_chat_template_gets_messages_and_plain_text_stays_plain(rows):

@@ -18,6 +18,7 @@ from dpo_helpers.evaluation import check_answer, score_rows, summarize_scores, u
 from dpo_helpers.inference import generate_response
 from dpo_helpers.monitoring import summarize_training
 from dpo_helpers.preferences import generate_preferences, split_rows, strip_question
+from dpo_helpers.run import open_run
 from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
 # What each row of the table changes against the defaults of RunConfig. The seed's values (5e-6, one epoch) are in every row.
@@ -43,12 +44,14 @@ def measure(model_folder: str, changes: dict) -> dict:
     )  # the same losses as 1 × 4, sooner
     train_rows, held_out_rows = split_rows(generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed)
     train_rows, held_out_rows = train_rows[:TRAINING_ROWS], held_out_rows[:HELD_OUT_ROWS]
-    machine, start = find_machine("cpu"), time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        warmed_up, sft_log = train_sft(config, train_rows, folder, machine)
+        run = open_run(config, folder, find_machine("cpu"))
+        run.use_rows(train_rows, held_out_rows)
+        warmed_up = train_sft(run)
         sft_seconds = time.perf_counter() - start
-        trainer = build_dpo_trainer(config, train_rows, held_out_rows[:8], folder, machine, warmed_up)
-        train_dpo(trainer)
+        trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+        run.close()
     seconds = time.perf_counter() - start
     tokenizer = trainer.processing_class
     scores = score_rows(trainer.model, tokenizer, held_out_rows, config.max_length)
@@ -61,7 +64,7 @@ def measure(model_folder: str, changes: dict) -> dict:
         },
         "seconds": round(seconds),
         "sft_seconds": round(sft_seconds),
-        "sft_loss": [entry["loss"] for entry in sft_log if "loss" in entry],
+        "sft_loss": [entry["loss"] for entry in run.sft_log if "loss" in entry],
         "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     asked = held_out_rows[:10]

@@ -4,6 +4,7 @@ python tools/show_answers.py RUN_FOLDER [NUMBER_OF_QUESTIONS]
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,23 +13,32 @@ from dpo_helpers.notebook import answer_stages, pick_rows, quiet_libraries
 from dpo_helpers.storage import load_run
 
 
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_table(rows: list[dict]) -> str:
+    """Return rows as a Markdown table that shows every character as it is: marks are escaped, a line break becomes ⏎."""
+    cells = [[re.sub(r"([\\`*_<|~$\[])", r"\\\1", str(value)).replace("\n", "⏎") for value in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
+
+
+def count_checks(answers: list[dict], asked: list[dict]) -> list[dict]:
+    """Return how many answers of each stage pass each of check_answer's checks, as rows of a Japanese table."""
+    table = []
+    for stage in list(answers[0])[1:-1]:  # the first column is the question, the last one the chosen answer
+        checks = [check_answer(answer[stage], row["concept"]) for answer, row in zip(answers, asked, strict=True)]
+        ends, names, clean = (f"{sum(check[name] for check in checks)} / {len(checks)}" for name in ("ends", "names", "clean"))
+        table.append({"段階": stage, "「。」で終わる": ends, "概念の名前を正しく書く": names, "乱れがない": clean})
+    return table
+
+
 def main(folder: Path, count: int) -> None:
     quiet_libraries()
-    rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     model, tokenizer, config = load_run(folder)
-    asked = pick_rows(rows, count, config.seed)
+    asked = pick_rows(read_rows(folder / "held_out.jsonl"), count, config.seed)
     answers = answer_stages(model, tokenizer, asked)
-    headings = list(answers[0])
-    print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
-    for answer in answers:
-        print("| " + " | ".join(text.replace("\n", "⏎").replace("|", "\\|") for text in answer.values()) + " |")
-    print()
-    for heading in headings[1:-1]:
-        checks = [check_answer(answer[heading], row["concept"]) for answer, row in zip(answers, asked, strict=True)]
-        totals = {name: sum(check[name] for check in checks) for name in checks[0]}
-        print(
-            f"{heading}: 「。」で終わる {totals['ends']} / 名前が正しい {totals['names']} / 乱れなし {totals['clean']} （{len(asked)} 問中）"
-        )
+    print(make_table(answers), make_table(count_checks(answers, asked)), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Trains one stage to its end whatever comes in between: a checkpoint to go on from, too little memory, NaN, the stop button."""
+
+import threading
+import traceback
+
+from dpo_helpers.checkpoints import load_adapters
+from dpo_helpers.config import UserError
+from dpo_helpers.environment import clear_memory
+from dpo_helpers.monitoring import build_metrics
+from dpo_helpers.run import PHASES, Run, TrainingStopped
+from dpo_helpers.storage import save_stopped
+
+
+def train_stage(run: Run, stage: str, build, trainer=None):
+    """Return the trainer, made by `build(run)` unless given, that trained `stage` to its end.
+
+    Raises TrainingStopped for NaN and the stop button, after saving what there is, and UserError where memory runs out at a
+    micro-batch of one.
+    """
+    import torch
+
+    from dpo_helpers.callbacks import BrokenNumbers
+
+    while True:
+        trainer = trainer or build(run)
+        try:
+            finished = _attempt(run, stage, trainer)
+        except torch.OutOfMemoryError as error:
+            in_evaluation = any(frame.name == "evaluation_loop" for frame in traceback.extract_tb(error.__traceback__))
+        except BrokenNumbers as broken:
+            raise _stop(run, stage, trainer, "nan", broken.step) from None
+        except KeyboardInterrupt:
+            raise _stop(run, stage, trainer, "interrupted", trainer.state.global_step) from None
+        else:
+            if finished:
+                return trainer
+            raise _stop(run, stage, trainer, "interrupted", trainer.state.global_step)
+        shrink_batches(run, in_evaluation)
+        trainer.optimizer = None
+        trainer.model.to("cpu")  # whoever else still holds this trainer must not hold its GPU memory
+        trainer = None
+        clear_memory()
+
+
+def _attempt(run: Run, stage: str, trainer) -> bool:
+    """Train from the newest checkpoint of this stage, or from the start; return whether the end was reached."""
+    from transformers import TrainerState
+
+    from dpo_helpers.callbacks import KeepCheckpoints, StopWhenAsked, WatchNumbers, watch_stop_button
+
+    checkpoint, asked = run.newest(stage), threading.Event()
+    if checkpoint:
+        load_adapters(trainer.model, checkpoint.path)
+        state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        if checkpoint.step >= checkpoint.progress["max_steps"]:
+            trainer.state = state
+            return True
+        # TRL keeps this count in memory alone; from zero, the resumed log would not go on where it was
+        trainer._total_train_tokens = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry][-1]
+        run.resumed_at.append(checkpoint.step)
+        run.resumed_stages.append(stage)
+        print(f"ステップ {checkpoint.step} / {checkpoint.progress['max_steps']} から再開します。")
+    run.clock.carried = checkpoint.progress["seconds"] if checkpoint else {}
+    for callback in (
+        KeepCheckpoints(run, stage, checkpoint and checkpoint.path),
+        WatchNumbers(run.machine.precision),
+        StopWhenAsked(asked),
+    ):
+        trainer.add_callback(callback)
+    with run.clock(PHASES[stage]), watch_stop_button(asked):
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    return trainer.state.global_step >= trainer.state.max_steps
+
+
+def shrink_batches(run: Run, in_evaluation: bool) -> None:
+    """Halve what is computed at once, without changing the pairs per optimizer step, or say what else can be done."""
+    if in_evaluation and run.eval_batch > 1:
+        print(f"メモリーが足りないので、評価で一度に計算する行を {run.eval_batch} から {run.eval_batch // 2} に減らして続けます。")
+        run.eval_batch //= 2
+        return
+    if run.micro_batch == 1 or in_evaluation:
+        raise UserError(
+            "一度に計算する組を 1 まで減らしても、メモリーが足りません。次のどれかを試してください。\n"
+            "・「ランタイム → ランタイムを再起動」で、ほかのモデルが使っているメモリーを空ける\n"
+            "・MAX_LENGTH か LORA_RANK を小さくする、または MODEL_NAME をもっと小さいモデルにする（RUN_DIR は別の名前に）\n"
+            "・メモリーの多い GPU のランタイムを選ぶ"
+        )
+    before, effective = (run.micro_batch, run.accumulation), run.config.effective_batch_size
+    run.micro_batch = max(size for size in range(1, run.micro_batch) if effective % size == 0 and size <= max(1, run.micro_batch // 2))
+    print(
+        f"メモリーが足りないので、一度に計算する組を {before[0]} から {run.micro_batch} に減らし、ためる回数を {before[1]} から "
+        f"{run.accumulation} に増やして続けます。1 回の更新に使うのは {effective} 組のままなので、結果は変わりません。"
+    )
+
+
+def _stop(run: Run, stage: str, trainer, reason: str, step: int) -> TrainingStopped:
+    """Save the adapter, the log and the plots so far, and describe in Japanese what happened and how to go on."""
+    metrics = {**build_metrics(run, trainer), "stopped": {"reason": reason, "step": step, "stage": stage}}
+    save_stopped(run, stage, trainer, metrics)
+    if run.mirror:
+        run.mirror.finish()
+    checkpoint = run.newest()
+    last = f"最後のチェックポイントは {checkpoint.path.name} です。" if checkpoint else "チェックポイントはまだありません。"
+    if reason == "nan":
+        text = (
+            f"ステップ {step} の次で勾配が NaN か無限大になったので、重みが壊れる前に学習を止めました。{last}\n"
+            "LEARNING_RATE か LORA_SCALE を 2 分の 1 から 10 分の 1 に下げ、RUN_DIR に別の名前を書いて、設定のセルから実行してください。"
+        )
+    else:
+        text = (
+            f"ステップ {step} で停止しました。{last}ここまでの重み、記録、グラフは {run.folder} に保存しました。\n"
+            "続けるには、もう一度同じように実行してください（RESUME は「自動」のまま）。"
+        )
+    return TrainingStopped(text, reason, step)
