@@ -78,8 +78,10 @@ def train_sft(run: Run) -> Path | None:
 
 
 def _build_sft_trainer(run: Run):
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
+    set_seed(run.config.seed)  # before the adapter is made: TRL 0.29 would draw it from wherever the caller's state is
     base, tokenizer = load_base_model(run.config)
     run.use_base(base)
     # SFTTrainer reads `completion` beside a prompt, as text or as messages
@@ -107,9 +109,11 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
     evaluated every `checkpoint_steps` for the plots.
     """
     from peft import PeftModel
+    from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
     config = run.config
+    set_seed(config.seed)  # as in the warm-up
     model, tokenizer = load_base_model(config)
     run.use_base(model)
     lora = make_lora_config(config, model)
