@@ -24,8 +24,12 @@ class Checkpoint:
     on_mirror: bool = False
 
     @property
-    def is_final(self) -> bool:
-        return self.stage == "dpo" and self.step >= self.progress["max_steps"]
+    def ends_its_stage(self) -> bool:
+        return self.step >= self.progress["max_steps"]
+
+    @property
+    def ends_the_run(self) -> bool:
+        return self.stage == "dpo" and self.ends_its_stage
 
 
 def publish_checkpoint(made: Path, root: Path, stage: str, step: int, progress: dict, base_model: Path | None = None) -> Path:

@@ -39,10 +39,13 @@ def quiet_libraries() -> None:
 
 
 def show_table(rows: list[dict]):
-    """Return rows as a table that a notebook shows in full, with wrapped text and no row numbers."""
+    """Return rows as a table that a notebook shows in full, with wrapped text and no row numbers.
+
+    `dtype=object` keeps a count a whole number in a column that also holds fractions.
+    """
     import pandas
 
-    style = pandas.DataFrame(rows).style.hide(axis="index").format(precision=4)
+    style = pandas.DataFrame(rows, dtype=object).style.hide(axis="index").format(precision=4)
     left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
     return style.set_properties(**left).set_table_styles([{"selector": "th", "props": [("text-align", "left")]}])
 

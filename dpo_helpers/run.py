@@ -40,7 +40,7 @@ class Run:
         self.train_rows, self.held_out_rows, self.sft_log = [], [], []
         self.resumed_at, self.resumed_stages = [], []
         self.steps_executed = {"sft": 0, "dpo": 0}  # by this process
-        self._identity = {}
+        self._identity, self._announced = {}, set()
 
     @property
     def accumulation(self) -> int:
@@ -75,9 +75,15 @@ class Run:
             )
         self._identity[what] = digest
 
+    def announce(self, line: str) -> None:
+        """Print a line once: a damaged checkpoint is met again by every look for the newest good one."""
+        if line not in self._announced:
+            self._announced.add(line)
+            print(line)
+
     def newest(self, stage: str | None = None) -> Checkpoint | None:
         """Return this machine's newest good checkpoint, or None where that is of another stage."""
-        checkpoint = find_newest(self.checkpoints, None)
+        checkpoint = find_newest(self.checkpoints, None, self.announce)
         return checkpoint if checkpoint and stage in (None, checkpoint.stage) else None
 
     def keep_checkpoint(self, stage: str, made: Path, step: int, max_steps: int) -> None:
@@ -109,7 +115,7 @@ class Run:
         self.micro_batch, self.eval_batch, self.sft_log = progress["micro_batch"], progress["eval_batch"], progress["sft_log"]
         self.resumed_at, self.resumed_stages = list(progress["resumed_at"]), list(progress["resumed_stages"])
         name, place = STAGE_NAMES[checkpoint.stage], f"ステップ {checkpoint.step} / {progress['max_steps']}"
-        if checkpoint.is_final:
+        if checkpoint.ends_the_run:
             print(f"この学習は終わっています（{name}：{place}）。保存した結果を使い、学習はやり直しません。")
             print("新しく学習するには RESUME を「最初から」（ターミナルでは --resume never）にしてください。")
         else:
@@ -118,14 +124,23 @@ class Run:
     def read_finished(self) -> dict | None:
         """Return metrics.json where this machine holds the whole result of the finished run, else None."""
         checkpoint, path = self.newest(), self.folder / "metrics.json"
-        if not (checkpoint and checkpoint.is_final and path.is_file() and (self.folder / "adapter_model.safetensors").is_file()):
+        if not (checkpoint and checkpoint.ends_the_run and path.is_file() and (self.folder / "adapter_model.safetensors").is_file()):
             return None
         metrics = json.loads(path.read_text(encoding="utf-8"))
         return None if "stopped" in metrics else metrics
 
     def deliver(self) -> bool:
-        """Bring the newest checkpoint and the result to the mirror; return whether all of it is there, byte by byte."""
-        return self.mirror is not None and self.mirror.finish() and copy_run(self.folder, self.mirror_folder)
+        """Bring the newest checkpoint and the result to the mirror; return whether all of it is there, byte by byte.
+
+        Where the checkpoint did not fit, the far smaller result is tried all the same, but not on a mount that hangs.
+        """
+        if self.mirror is None:
+            return False
+        if not (safe := self.mirror.finish()):
+            if self.mirror.problem is None:  # no answer at all: finish() has said so, and a copy would never return
+                return False
+            print(f"チェックポイントの写しは {self.mirror_folder} にありません：{self.mirror.problem}")
+        return copy_run(self.folder, self.mirror_folder) and safe
 
     def close(self) -> None:
         """Let go of the folder, when the mirror has had its time."""
@@ -154,7 +169,7 @@ def open_run(
     run.lock.acquire()
     _open_runs[folder.resolve()] = run
     try:
-        checkpoint = find_newest(run.checkpoints, mirror)
+        checkpoint = find_newest(run.checkpoints, mirror, run.announce)
         if checkpoint:
             if different := RunConfig().replace(checkpoint.progress["config"]).differences(config):
                 raise _refuse(checkpoint.path, different)

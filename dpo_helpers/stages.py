@@ -1,5 +1,6 @@
 """Trains one stage to its end whatever comes in between: a checkpoint to go on from, too little memory, NaN, the stop button."""
 
+import shutil
 import threading
 import traceback
 
@@ -9,6 +10,8 @@ from dpo_helpers.environment import clear_memory
 from dpo_helpers.monitoring import build_metrics
 from dpo_helpers.run import PHASES, Run, TrainingStopped
 from dpo_helpers.storage import save_stopped
+
+FULL_DISK_BYTES = 20_000_000  # with less than a small checkpoint left, a failed write is taken for a full disk
 
 
 def train_stage(run: Run, stage: str, build, trainer=None):
@@ -29,6 +32,15 @@ def train_stage(run: Run, stage: str, build, trainer=None):
             in_evaluation = any(frame.name == "evaluation_loop" for frame in traceback.extract_tb(error.__traceback__))
         except BrokenNumbers as broken:
             raise _stop(run, stage, trainer, "nan", broken.step) from None
+        except UserError:
+            raise
+        except Exception as error:  # safetensors, torch and Python each have their own for a full disk
+            if shutil.disk_usage(run.folder).free > FULL_DISK_BYTES:
+                raise
+            raise UserError(
+                f"このマシンのディスクがいっぱいで、{run.folder} にチェックポイントを書けませんでした。これまでのものは残っています。\n"
+                "不要なファイルを消してから、もう一度同じように実行すると、続きから始まります。"
+            ) from error
         except KeyboardInterrupt:
             raise _stop(run, stage, trainer, "interrupted", trainer.state.global_step) from None
         else:
@@ -52,7 +64,8 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
     if checkpoint:
         load_adapters(trainer.model, checkpoint.path)
         state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-        if checkpoint.step >= checkpoint.progress["max_steps"]:
+        if checkpoint.ends_its_stage:
+            print(f"この段階の学習は終わっています（ステップ {checkpoint.step} / {state.max_steps}）。")
             trainer.state = state
             return True
         # TRL keeps this count in memory alone; from zero, the resumed log would not go on where it was
@@ -60,6 +73,7 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
         run.resumed_at.append(checkpoint.step)
         run.resumed_stages.append(stage)
         print(f"ステップ {checkpoint.step} / {checkpoint.progress['max_steps']} から再開します。")
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # a half-written checkpoint of a killed process would mix with ours
     run.clock.carried = checkpoint.progress["seconds"] if checkpoint else {}
     for callback in (
         KeepCheckpoints(run, stage, checkpoint and checkpoint.path),

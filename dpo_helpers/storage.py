@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.environment import in_colab
+from dpo_helpers.run_lock import LOCK_NAME
 
 BASE_MODEL_FOLDER = "base_model"  # holds the embedded model, which no other machine could download
 CHECKPOINTS = "checkpoints"  # the folder inside a run's folder that training goes on from
@@ -26,10 +27,9 @@ def prepare_run_folder(folder: Path, config: RunConfig) -> None:
 
 
 def list_result_files(folder) -> list[Path]:
-    """Return the files of a run's folder that are its result: without checkpoints, locks and what a mirror's slots hold."""
-    inner = {CHECKPOINTS, "slot-0", "slot-1"}
-    return [path for path in sorted(Path(folder).rglob("*"))
-            if path.is_file() and path.name != "run.lock" and path.relative_to(folder).parts[0] not in inner]  # fmt: skip
+    """Return the files of a run's folder that are its result: without checkpoints and lock."""
+    aside = {CHECKPOINTS, LOCK_NAME}
+    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.relative_to(folder).parts[0] not in aside]
 
 
 def write_json(path, value) -> None:

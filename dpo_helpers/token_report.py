@@ -109,7 +109,9 @@ def plot_token_report(measured: list[RowTokens], max_length: int, path=None):
     import matplotlib_fontja  # noqa: F401  (imported for its effect: a font with Japanese glyphs)
 
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axis.hist([row.tokens for row in measured], bins=40, color="#0072B2")
+    tokens = [row.tokens for row in measured]
+    width = max(1, (max(tokens) - min(tokens)) // 40)  # whole tokens: other bins would hold two lengths here and none there
+    axis.hist(tokens, bins=range(min(tokens), max(tokens) + width + 1, width), color="#0072B2")
     axis.axvline(max_length, color="#D55E00", linestyle="--", label=f"上限 max_length = {max_length}")
     axis.set(title="行の長さ：線より右の行は途中で切られる", xlabel="質問と長いほうの回答の長さ（トークン）", ylabel="行数")
     axis.legend(fontsize=9)

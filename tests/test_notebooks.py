@@ -167,3 +167,10 @@ def test_a_users_problem_shows_as_its_message_alone():
     from dpo_helpers.config import UserError
 
     assert UserError("直してください。")._render_traceback_() == ["", "⚠️ 直してください。"]
+
+
+def test_a_table_shows_counts_as_whole_numbers_beside_fractions():
+    from dpo_helpers.notebook import show_table
+
+    html = show_table([{"値": 1000}, {"値": 0.5}]).to_html()
+    assert ">1000<" in html and ">0.5000<" in html

@@ -128,8 +128,8 @@ def test_a_damaged_checkpoint_is_announced_and_the_one_before_it_taken(tiny_mode
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     capsys.readouterr()
     run = start_run(config, rows[:32], rows[32:40])
-    assert "dpo-000004 は書きかけか壊れている" in capsys.readouterr().out
     train(run)
+    assert capsys.readouterr().out.count("dpo-000004 は書きかけか壊れている") == 1
     assert run.resumed_at == [2] and run.steps_executed["dpo"] == 6
 
 
@@ -293,3 +293,53 @@ def test_a_checkpoint_that_cannot_be_renamed_costs_itself_and_not_the_run(tiny_m
     train(run)
     assert "ステップ 2 のチェックポイントを保存できませんでした" in capsys.readouterr().out
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["dpo-000004"]
+
+
+def test_what_a_killed_process_left_half_written_costs_no_checkpoint(start_run, embedded_folder, rows, kill_at, monkeypatch, capsys):
+    config = RunConfig(model_name="embedded", sft_epochs=0, checkpoint_steps=2)
+    kill_at("dpo", 3)
+    run = start_run(config, rows[:16], rows[16:24])
+    with pytest.raises(Killed):
+        train(run)
+    half = run.checkpoints / "writing-dpo" / "checkpoint-4" / "base_model"
+    shutil.copytree(embedded_folder, half)
+    (half.parent / "left_behind.bin").write_bytes(b"half")
+    capsys.readouterr()
+    run = start_run(config, rows[:16], rows[16:24])
+    train(run)
+    assert "保存できませんでした" not in capsys.readouterr().out
+    assert run.newest().step == 4 and not (run.newest().path / "left_behind.bin").exists()
+
+
+def test_a_full_disk_is_told_as_one(tiny_models, rows, start_run, monkeypatch):
+    from collections import namedtuple
+
+    from transformers import Trainer
+
+    def fail(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
+    config = make_config(tiny_models, sft_epochs=0)
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):  # with room on the disk it is something else, and shown as it is
+        train(start_run(config, rows[:8], rows[8:16]))
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 4096)
+    monkeypatch.setattr("dpo_helpers.stages.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"(?s)ディスクがいっぱい.*続きから始まります"):
+        train(start_run(config, rows[:8], rows[8:16]))
+
+
+def test_the_result_goes_to_the_mirror_even_where_its_checkpoint_did_not(tiny_models, rows, start_run, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpo_helpers.mirror._write_in_place", full)
+    run = start_run(make_config(tiny_models, sft_epochs=0), rows[:8], rows[8:16], mirror=tmp_path / "drive")
+    trainer = train(run)
+    from dpo_helpers.storage import save_model
+
+    save_model(run.folder, trainer.model, trainer.processing_class)
+    assert run.deliver() is False
+    assert "空き容量" in capsys.readouterr().out
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "drive" / name).read_bytes() == (run.folder / name).read_bytes()
