@@ -4,8 +4,7 @@ import argparse
 import sys
 
 from dpo_helpers import own_data, quick_fix
-from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.run import TrainingStopped
+from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 
 
 def train(

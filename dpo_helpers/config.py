@@ -17,6 +17,14 @@ class UserError(Exception):
         return ["", f"⚠️ {self}"]
 
 
+class TrainingStopped(UserError):
+    """The training ended early; `reason` is "nan" or "interrupted"."""
+
+    def __init__(self, text: str, reason: str, step: int):
+        super().__init__(text)
+        self.reason, self.step = reason, step
+
+
 def _knob(default, note, allowed):
     return field(default=default, metadata={"note": note, "allowed": allowed})
 

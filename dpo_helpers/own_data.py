@@ -106,9 +106,11 @@ def describe_problems(rows: PreferenceRows, source: str) -> str:
     if bad == total > 1 and len({item.message for item in rows.problems}) == 1:
         lines = [f"  すべての行: {rows.problems[0].message}"]
     reasons = "、".join(f"{row['理由']} {row['行数']:,}" for row in count_problems(rows))
-    lines.append('元のデータを直すか、on_error="drop"（ターミナルでは --on-error drop）でこれらの行を除いてください。')
+    lines.append(
+        "元のデータを直すか、これらの行を除いてください（ノートブックでは DROP_BAD_ROWS をオンに、ターミナルでは --on-error drop）。"
+    )
     if any(item.reason == "missing" for item in rows.problems):
-        lines.append('列の名前は、columns={"prompt": "列名"}（ターミナルでは --column prompt=列名）でも指定できます。')
+        lines.append("列の名前を prompt、chosen、rejected（または 質問、良い回答、悪い回答）に直すと読めます。")
     return f"{source} の {total:,} 行のうち {bad:,} 行に誤りがあります（{reasons}）。\n" + "\n".join(lines)
 
 

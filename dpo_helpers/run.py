@@ -19,14 +19,6 @@ STAGE_NAMES = {"sft": "教師あり学習", "dpo": "DPO"}
 _open_runs: dict[Path, "Run"] = {}  # a cell that is run twice must not leave two heartbeats and two mirrors behind
 
 
-class TrainingStopped(UserError):
-    """The training ended early; `reason` is "nan" or "interrupted"."""
-
-    def __init__(self, text: str, reason: str, step: int):
-        super().__init__(text)
-        self.reason, self.step = reason, step
-
-
 class Run:
     """One run in its folder. `micro_batch` × `accumulation` stays the effective batch while memory shrinks the first."""
 

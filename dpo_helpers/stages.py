@@ -5,10 +5,10 @@ import threading
 import traceback
 
 from dpo_helpers.checkpoints import load_adapters
-from dpo_helpers.config import UserError
+from dpo_helpers.config import TrainingStopped, UserError
 from dpo_helpers.environment import clear_memory
 from dpo_helpers.monitoring import build_metrics
-from dpo_helpers.run import PHASES, Run, TrainingStopped
+from dpo_helpers.run import PHASES, Run
 from dpo_helpers.storage import save_stopped
 
 FULL_DISK_BYTES = 20_000_000  # with less than a small checkpoint left, a failed write is taken for a full disk

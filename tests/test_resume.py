@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dpo_helpers.checkpoints import list_checkpoints
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 from dpo_helpers.environment import find_machine
 from dpo_helpers.mirror import find_valid_slots
-from dpo_helpers.run import TrainingStopped, open_run
+from dpo_helpers.run import open_run
 from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
 pytestmark = pytest.mark.versions
