@@ -100,7 +100,7 @@ def test_missing_columns_are_told_once_with_the_ones_that_are_there(tmp_path):
     file = write_any(tmp_path / "rows.csv", [{"prompt": "a", "chosen": "b", "other": "c"}] * 30)
     with pytest.raises(RowErrors, match="すべての行: rejected の列がありません。ある列：prompt, chosen, other") as raised:
         load_preferences(file)
-    assert len(raised.value.problems) == 30 and "--column prompt=列名" in str(raised.value)
+    assert len(raised.value.problems) == 30 and "prompt、chosen、rejected（または 質問、良い回答、悪い回答）に直す" in str(raised.value)
 
 
 WRONG = [
@@ -199,7 +199,7 @@ def test_the_message_holds_the_first_20_rows_and_the_counts(tmp_path):
     lines = str(raised.value).splitlines()
     assert lines[0].endswith("の 31 行のうち 30 行に誤りがあります（空 15、空白だけ 15）。")
     assert lines[1] == "  2行目: chosen が空です" and lines[20] == "  21行目: rejected が空白だけです" and lines[21] == "  ほか 10 行"
-    assert len(lines) == 23 and 'on_error="drop"' in lines[22]
+    assert len(lines) == 23 and "DROP_BAD_ROWS" in lines[22] and "--on-error drop" in lines[22]
 
 
 def test_dropped_rows_are_counted_and_written_to_a_file(tmp_path):
