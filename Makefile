@@ -7,7 +7,7 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 
-.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments lint notebooks recipe-search soak bench-checkpoints bench-data data-report real-run real-run-1000 real-run-300 clean
+.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view data-report real-run real-run-1000 real-run-300 clean
 
 demo: .venv/.installed
 	rm -rf $(DEMO)
@@ -61,6 +61,9 @@ soak: .venv/.installed
 bench-checkpoints: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/embedded.json
 	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/slow.json --slow 3
+
+bench-live-view: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/bench_live_view.py outputs/bench_live_view.json
 
 bench-data: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_data.py

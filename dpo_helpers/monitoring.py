@@ -1,6 +1,4 @@
-"""Collects the trainer's log and draws it; it measures nothing itself."""
-
-import math
+"""Collects the trainer's log and puts a run's metrics together; it measures nothing itself."""
 
 
 def collect_history(log_history: list[dict]) -> dict[str, dict[str, list[float]]]:
@@ -26,41 +24,6 @@ def summarize_training(log_history: list[dict]) -> dict[str, float]:
     last = curve["step"][-1]
     tail = [loss for step, loss in zip(curve["step"], curve["loss"], strict=True) if step > 0.9 * last]
     return {"first_loss": curve["loss"][0], "final_train_loss": sum(tail) / len(tail)}
-
-
-def plot_training(log_history: list[dict], path=None):
-    """Draw loss, accuracy, margin and log-prob drift against the step, training beside held-out; save to `path` if given."""
-    import matplotlib.pyplot as plt
-    import matplotlib_fontja  # noqa: F401  (imported for its effect: a font with Japanese glyphs)
-
-    curves = collect_history(log_history)
-    blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # distinguishable with any colour vision (Okabe and Ito 2008)
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    panels = (
-        ("loss", "損失", "損失：下がるほど良い", math.log(2), "ln 2（学習前）"),
-        ("accuracy", "正解率", "正解率：良い回答を選べた割合", 0.5, "0.5（当てずっぽう）"),
-        ("margin", "マージン（β × 対数確率比の差）", "マージン：二つの回答の差", 0.0, "0（学習前）"),
-    )
-    for axis, (key, label, title, level, level_label) in zip(axes.flat, panels, strict=False):
-        axis.axhline(level, color=grey, linestyle=":", label=level_label)
-        for name, text, style in (
-            ("training", "学習", {"color": blue}),
-            ("held_out", "評価（学習に使わない概念）", {"color": orange, "marker": "o"}),
-        ):
-            axis.plot(curves[name]["step"], curves[name][key], label=text, **style)
-        axis.set(title=title, xlabel="ステップ", ylabel=label)
-        axis.legend(fontsize=9)
-    axis = axes[1, 1]
-    for key, text, color in (("chosen", "良い回答", blue), ("rejected", "悪い回答", orange)):
-        values = curves["held_out"][key]  # empty where a run was stopped before its first evaluation
-        axis.plot(curves["held_out"]["step"], [value - values[0] for value in values], color=color, marker="o", label=text)
-    axis.axhline(0, color=grey, linestyle=":")
-    axis.set(title="対数確率の変化（評価）", xlabel="ステップ", ylabel="学習前からの差（nat）")
-    axis.legend(fontsize=9)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    plt.close(figure)  # the notebook shows the returned figure once, not also the open one
-    return figure
 
 
 def build_metrics(run, trainer, held_out: dict | None = None, baselines: dict | None = None) -> dict:

@@ -57,8 +57,10 @@ def train_stage(run: Run, stage: str, build, trainer=None):
 def _attempt(run: Run, stage: str, trainer) -> bool:
     """Train from the newest checkpoint of this stage, or from the start; return whether the end was reached."""
     from transformers import TrainerState
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
     from dpo_helpers.callbacks import KeepCheckpoints, StopWhenAsked, WatchNumbers, watch_stop_button
+    from dpo_helpers.live_view import LiveView
 
     checkpoint, asked = run.newest(stage), threading.Event()
     if checkpoint:
@@ -74,15 +76,21 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
         run.resumed_stages.append(stage)
         print(f"ステップ {checkpoint.step} / {checkpoint.progress['max_steps']} から再開します。")
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # a half-written checkpoint of a killed process would mix with ours
+    view = LiveView(stage, run.config.effective_batch_size, run.machine.device)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # the view stands in its place
     run.clock.carried = checkpoint.progress["seconds"] if checkpoint else {}
     for callback in (
         KeepCheckpoints(run, stage, checkpoint and checkpoint.path),
         WatchNumbers(run.machine.precision),
         StopWhenAsked(asked),
+        view,
     ):
         trainer.add_callback(callback)
-    with run.clock(PHASES[stage]), watch_stop_button(asked):
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    try:
+        with run.clock(PHASES[stage]), watch_stop_button(asked):
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    finally:
+        view.finish()  # the trainer ends nothing where it was interrupted
     return trainer.state.global_step >= trainer.state.max_steps
 
 

@@ -209,7 +209,7 @@ def save_run(run, trainer, metrics: dict) -> list[str]:
     with run.clock("saving"):
         write_rows(folder / "train.jsonl", run.train_rows)
         write_rows(folder / "held_out.jsonl", run.held_out_rows)
-        _save_training(folder, trainer, trainer.state.log_history, run.sft_log)
+        _save_training(run, trainer, trainer.state.log_history, run.sft_log)
     metrics["seconds"]["saving"] = run.clock.seconds["saving"]
     write_json(folder / "metrics.json", metrics)  # last: a folder with metrics is a finished one
     return [str(path.relative_to(folder)) for path in list_result_files(folder)]
@@ -218,14 +218,15 @@ def save_run(run, trainer, metrics: dict) -> list[str]:
 def save_stopped(run, stage: str, trainer, metrics: dict) -> None:
     """Save what there is of a run that ended early in `stage`: the adapter as it is, the logs, the plots so far, metrics."""
     log = trainer.state.log_history
-    _save_training(run.folder, trainer, *(([], log) if stage == "sft" else (log, run.sft_log)))
+    _save_training(run, trainer, *(([], log) if stage == "sft" else (log, run.sft_log)))
     write_json(run.folder / "metrics.json", metrics)
 
 
-def _save_training(folder: Path, trainer, log_history: list[dict], sft_log_history: list[dict]) -> None:
-    from dpo_helpers.monitoring import plot_training
+def _save_training(run, trainer, log_history: list[dict], sft_log_history: list[dict]) -> None:
+    from dpo_helpers.plots import plot_training
 
+    folder = run.folder
     save_model(folder, trainer.model, trainer.processing_class)
     write_json(folder / "log_history.json", log_history)
     write_json(folder / "sft_log_history.json", sft_log_history)
-    plot_training(log_history, folder / "training.png")
+    plot_training(log_history, folder / "training", run.config.beta)

@@ -55,7 +55,7 @@ def recomputed(finished_run):
 def test_the_folder_is_complete(finished_run):
     folder, _ = finished_run
     names = ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "reference/adapter_model.safetensors", "train.jsonl",
-             "held_out.jsonl", "run_config.json", "metrics.json", "log_history.json", "training.png"]  # fmt: skip
+             "held_out.jsonl", "run_config.json", "metrics.json", "log_history.json", "training.png", "training.svg"]  # fmt: skip
     assert [name for name in names if not (folder / name).is_file()] == []
 
 
