@@ -7,7 +7,7 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 
-.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view data-report real-run real-run-1000 real-run-300 clean
+.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments test-browser lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view data-report real-run real-run-1000 real-run-300 verdict-runs clean
 
 demo: .venv/.installed
 	rm -rf $(DEMO)
@@ -37,6 +37,10 @@ test-colab: .venv-colab/.installed
 
 test-environments: .venv/.installed .venv-colab/.installed
 	.venv/bin/python -m pytest tests/environments -m environments
+
+# JupyterLab in a real browser; tools/install_browser.sh brings Debian's Chromium and a Japanese font.
+test-browser: .venv/.browser-installed
+	.venv/bin/python -m pytest tests/browser -m browser
 
 lint: .venv/.installed
 	.venv/bin/python -m ruff check .
@@ -86,11 +90,21 @@ real-run-1000 real-run-300: real-run-%: $(REAL_MODEL)/config.json
 		PYTHONPATH=. .venv/bin/python tools/show_answers.py $$run | tee $$run/answers.md; \
 	done
 
+# The runs that the verdict is tested on, good and bad, as small files in tests/fixtures/verdict: about five minutes. Those of the
+# really pretrained model: `tools/verdict_runs.py --real $(REAL_MODEL)`, about an hour each.
+verdict-runs: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/verdict_runs.py
+
 .venv/.installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP_INSTALL) -c constraints.txt torch
 	.venv/bin/python -c '$(EXTRAS)' test notebook > .venv/extras.txt
 	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -r requirements.txt -r .venv/extras.txt
+	touch $@
+
+.venv/.browser-installed: .venv/.installed
+	.venv/bin/python -c '$(EXTRAS)' browser > .venv/browser-extras.txt
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -r .venv/browser-extras.txt
 	touch $@
 
 .venv-colab/.installed: requirements.txt constraints-colab.txt pyproject.toml

@@ -1,9 +1,9 @@
-"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | doctor`."""
+"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor`."""
 
 import argparse
 import sys
 
-from dpo_helpers import own_data, quick_fix
+from dpo_helpers import judge, own_data, quick_fix, verdict
 from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 
 
@@ -14,9 +14,8 @@ def train(
 
     A finished run is not repeated: its metrics are returned as they are.
     """
-    from dpo_helpers.baselines import measure_baselines
     from dpo_helpers.environment import Stopwatch, describe_machine, find_machine
-    from dpo_helpers.evaluation import score_rows, summarize_scores
+    from dpo_helpers.evaluation import score_rows
     from dpo_helpers.modeling import load_tokenizer
     from dpo_helpers.monitoring import build_metrics
     from dpo_helpers.preferences import split_rows
@@ -41,13 +40,15 @@ def train(
             trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
             with clock("evaluation"):
                 scores = score_rows(trainer.model, tokenizer, run.held_out_rows, config.max_length)
-                baselines = measure_baselines(trainer.model, tokenizer, run.held_out_rows, scores, config)
-            metrics = build_metrics(run, trainer, summarize_scores(scores, config.beta), baselines)
+                measured, _ = judge.evaluate_run(trainer.model, tokenizer, run.held_out_rows, scores, config)
+            metrics = build_metrics(run, trainer) | measured
+            metrics["verdict"] = verdict.judge(metrics, trainer.state.log_history)
             save_run(run, trainer, metrics)
         if mirror and not run.deliver():
             print(f"結果をまとめた zip：{make_zip(run.folder)}")
     finally:
         run.close()
+    print(verdict.describe_verdict(metrics["verdict"]))
     held_out = metrics["held_out"]
     print(f"評価用の損失 {held_out['loss']:.4f}、正解率 {held_out['accuracy']:.1%}。結果：{run.folder}")
     return metrics
@@ -73,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--on-error", choices=("raise", "drop"), default="raise", help="データの誤りのある行で止める（raise）か除く（drop）か")
     job.add_argument("--device", default="auto", help="auto, cuda, mps, cpu（既定：auto）")
     own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
+    judge.add_judge_arguments(jobs.add_parser("judge", help="保存した学習の結果を判定する"))
     quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
     return parser
 
@@ -86,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
             return quick_fix.run_doctor(arguments)
         if arguments.job == "data":
             return own_data.run_data(arguments)
+        if arguments.job == "judge":
+            return judge.run_judge(arguments)
         config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
         train(
             config.replace(read_settings(arguments.set), "--set"), arguments.run_dir, arguments.device, arguments.mirror, arguments.resume,

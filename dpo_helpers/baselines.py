@@ -2,7 +2,8 @@
 
 import random
 
-from dpo_helpers.evaluation import SIDES, encode_answer, score_answers, summarize_scores, use_stage
+from dpo_helpers.evaluation import SIDES, encode_answer, score_answers, summarize_scores
+from dpo_helpers.inference import use_stage
 
 
 def share_right(differences: list[float]) -> float:

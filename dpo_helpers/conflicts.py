@@ -13,7 +13,9 @@ from packaging.version import InvalidVersion, Version
 
 PROJECT = "dpo_helpers"  # who complains when one of REQUIREMENTS is not met
 # 0.29.1 is the last trl that Colab's datasets 4.0 satisfies.
-REQUIREMENTS = ("torch", "transformers", "peft", "datasets", "accelerate", "trl>=0.29.1,<2", "matplotlib-fontja>=1.1,<2")
+REQUIREMENTS = (
+    "torch", "transformers", "peft", "datasets", "accelerate", "trl>=0.29.1,<2", "matplotlib-fontja>=1.1,<2", "sacrebleu>=2.4,<3",
+)  # fmt: skip
 # What a library checks only in its code, if that is installed at all: peft refuses any LoRA beside an old torchao.
 UNDECLARED = (("peft>=0.19", "torchao>=0.16"),)
 # Moving one of these costs gigabytes or the running session; all that google-colab pins is added to them.

@@ -1,10 +1,9 @@
 """Measures a policy against its reference on held-out rows: log-probs of both answers, loss, accuracy and margin."""
 
 import math
-from contextlib import contextmanager
 
 from dpo_helpers.environment import halve_on_out_of_memory
-from dpo_helpers.inference import encode_question
+from dpo_helpers.inference import encode_question, use_stage
 from dpo_helpers.preferences import strip_question
 
 SIDES = ("chosen", "rejected")
@@ -63,22 +62,6 @@ def score_rows(model, tokenizer, rows: list[dict], max_length: int, batch_size: 
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-@contextmanager
-def use_stage(model, stage: str):
-    """Let a PeftModel answer as "base" (no adapter), "reference" (before DPO) or "policy" (as it is now)."""
-    if stage == "policy":
-        yield
-    elif stage == "base" or "ref" not in model.peft_config:
-        with model.disable_adapter():
-            yield
-    else:
-        model.set_adapter("ref")
-        try:
-            yield
-        finally:
-            model.set_adapter("default")
-
-
 def preference_loss(margin: float) -> float:
     """-log sigmoid(margin), the DPO loss of one pair (Rafailov et al. 2023, eq. 7); margin = beta * log-ratio difference."""
     return math.log1p(math.exp(-margin)) if margin > -30 else -margin
@@ -108,16 +91,3 @@ def summarize_by(column: str, rows: list[dict], scores: list[dict], beta: float)
         part = summarize_scores([score for score, row in zip(scores, rows, strict=True) if row[column] == value], beta)
         table.append({column: value, **{name: part[name] for name in ("rows", "loss", "accuracy", "margin")}})
     return table
-
-
-def check_answer(answer: str, concept: str = "") -> dict[str, bool]:
-    """Say of one generated answer whether it ends properly, names the concept undamaged and is free of loops and damage.
-
-    `clean` means: no four characters that stand three times or more, and no U+FFFD (half a character).
-    """
-    grams = [answer[i : i + 4] for i in range(len(answer) - 3)]
-    return {
-        "ends": answer.endswith("。"),
-        "names": concept in answer,
-        "clean": bool(answer) and "\ufffd" not in answer and all(grams.count(gram) < 3 for gram in set(grams)),
-    }

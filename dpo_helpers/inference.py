@@ -1,7 +1,11 @@
-"""Turns questions into answers with a given model; it neither loads nor trains one."""
+"""Turns questions into answers with a given model, before or after its training; it neither loads nor trains one."""
+
+from contextlib import contextmanager
 
 from dpo_helpers.environment import halve_on_out_of_memory
 from dpo_helpers.preferences import make_prompt, strip_question
+
+ANSWER_STAGES = {"base": "① ベースモデル", "reference": "② 教師あり学習の後", "policy": "③ DPO の後"}
 
 
 def encode_question(tokenizer, question: str) -> list[int]:
@@ -57,3 +61,29 @@ def find_stop_tokens(model, tokenizer) -> list[int]:
     own = model.generation_config.eos_token_id
     ids = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *(token for token in ids if token is not None)})
+
+
+@contextmanager
+def use_stage(model, stage: str):
+    """Let a PeftModel answer as "base" (no adapter), "reference" (before DPO) or "policy" (as it is now)."""
+    if stage == "policy":
+        yield
+    elif stage == "base" or "ref" not in model.peft_config:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter("ref")
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
+
+
+def answer_stages(model, tokenizer, questions: list[str], stages=tuple(ANSWER_STAGES)) -> list[dict[str, str]]:
+    """Return {stage: greedy answer} for each question; a run without a warm-up has no `reference` of its own, so no column."""
+    columns = {}
+    for stage in stages:
+        if stage != "reference" or "ref" in model.peft_config:
+            with use_stage(model, stage):
+                columns[stage] = generate_response(model, tokenizer, questions)
+    return [dict(zip(columns, answers, strict=True)) for answers in zip(*columns.values(), strict=True)]

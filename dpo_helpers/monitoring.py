@@ -26,8 +26,8 @@ def summarize_training(log_history: list[dict]) -> dict[str, float]:
     return {"first_loss": curve["loss"][0], "final_train_loss": sum(tail) / len(tail)}
 
 
-def build_metrics(run, trainer, held_out: dict | None = None, baselines: dict | None = None) -> dict:
-    """Put together what metrics.json says of a run: numbers as measured, in nats, bytes and seconds.
+def build_metrics(run, trainer) -> dict:
+    """Put together what metrics.json says of the training, in nats, bytes and seconds; judge.evaluate_run measures the rest.
 
     `resumed_at` are the steps that interrupted processes went on from, `steps_executed` the optimizer steps of this process.
     """
@@ -42,7 +42,6 @@ def build_metrics(run, trainer, held_out: dict | None = None, baselines: dict | 
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     return {
         **summarize_training(trainer.state.log_history),
-        **({"held_out": held_out, "baselines": baselines} if held_out else {}),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "training_rows": len(run.train_rows),

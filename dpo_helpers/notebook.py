@@ -100,18 +100,21 @@ def show_rows(rows: list[dict]):
     )  # fmt: skip
 
 
-def answer_stages(model, tokenizer, rows: list[dict], stages=("base", "reference", "policy")) -> list[dict]:
-    """Answer the rows' questions greedily as evaluation.use_stage says; a run without a warm-up has no second stage."""
-    from dpo_helpers.evaluation import use_stage
-    from dpo_helpers.inference import generate_response
+def tabulate_stages(model, tokenizer, rows: list[dict], stages=("base", "reference", "policy")) -> list[dict]:
+    """Answer the rows' questions as the model did at each stage of its training; return rows of a table with the chosen answers."""
+    from dpo_helpers.inference import ANSWER_STAGES, answer_stages
 
     questions = [strip_question(row["prompt"]) for row in rows]
-    table = {"質問": questions}
-    headings = {"base": "① ベースモデル", "reference": "② 教師あり学習の後", "policy": "③ DPO の後"}
-    for stage in stages:
-        if stage == "reference" and "ref" not in model.peft_config:
-            continue
-        with use_stage(model, stage):
-            table[headings[stage]] = generate_response(model, tokenizer, questions)
-    table["お手本（chosen）"] = [row["chosen"] for row in rows]
-    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    answers = answer_stages(model, tokenizer, questions, stages)
+    return [
+        {"質問": question, **{ANSWER_STAGES[stage]: text for stage, text in texts.items()}, "お手本（chosen）": row["chosen"]}
+        for question, texts, row in zip(questions, answers, rows, strict=True)
+    ]
+
+
+def show_answers(answers: list[dict], count: int = 10):
+    """Show the first of judge.evaluate_run's table of held-out questions: before, after, the chosen answer, the pair's margin."""
+    headings = {"before": "学習前（ベースモデル）", "after": "学習後", "chosen": "お手本（chosen）", "margin": "マージン"}
+    return show_table(
+        [{"質問": strip_question(line["prompt"])} | {heading: line[name] for name, heading in headings.items()} for line in answers[:count]]
+    )

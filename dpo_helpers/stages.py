@@ -10,6 +10,7 @@ from dpo_helpers.environment import clear_memory
 from dpo_helpers.monitoring import build_metrics
 from dpo_helpers.run import PHASES, Run
 from dpo_helpers.storage import save_stopped
+from dpo_helpers.verdict import judge
 
 FULL_DISK_BYTES = 20_000_000  # with less than a small checkpoint left, a failed write is taken for a full disk
 
@@ -118,6 +119,7 @@ def shrink_batches(run: Run, in_evaluation: bool) -> None:
 def _stop(run: Run, stage: str, trainer, reason: str, step: int) -> TrainingStopped:
     """Save the adapter, the log and the plots so far, and describe in Japanese what happened and how to go on."""
     metrics = {**build_metrics(run, trainer), "stopped": {"reason": reason, "step": step, "stage": stage}}
+    metrics["verdict"] = judge(metrics, [] if stage == "sft" else trainer.state.log_history)
     save_stopped(run, stage, trainer, metrics)
     if run.mirror:
         run.mirror.finish()

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from dpo_helpers.evaluation import check_answer, encode_answer, preference_loss, score_answers, summarize_by, summarize_scores
+from dpo_helpers.answer_quality import check_answer
+from dpo_helpers.evaluation import encode_answer, preference_loss, score_answers, summarize_by, summarize_scores
 
 ROW = {"policy_chosen": -10.0, "policy_rejected": -30.0, "reference_chosen": -12.0, "reference_rejected": -20.0}
 

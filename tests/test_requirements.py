@@ -4,13 +4,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-# Colab's GPU image of 2026-08-19; trl and matplotlib-fontja are not on it
+# Colab's GPU image of 2026-08-19; trl, matplotlib-fontja and sacrebleu are not on it
 COLAB = {
     "torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "datasets": "4.0.0", "accelerate": "1.14.0",
     "huggingface-hub": "1.27.0", "tokenizers": "0.22.2", "matplotlib": "3.10.0", "ipywidgets": "7.7.1", "pandas": "2.2.3",
     "psutil": "5.9.5", "packaging": "26.3", "numpy": "2.1.3", "pyarrow": "18.1.0", "openpyxl": "3.1.5", "tqdm": "4.67.3",
 }  # fmt: skip
-NOT_ON_COLAB = {"trl", "matplotlib-fontja"}
+NOT_ON_COLAB = {"trl", "matplotlib-fontja", "sacrebleu"}
 
 
 def read(name):

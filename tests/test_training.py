@@ -5,7 +5,8 @@ import math
 import pytest
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.evaluation import score_rows, summarize_scores, use_stage
+from dpo_helpers.evaluation import score_rows, summarize_scores
+from dpo_helpers.inference import use_stage
 from dpo_helpers.modeling import load_base_model
 from dpo_helpers.monitoring import summarize_training
 from dpo_helpers.training import build_dpo_trainer, evaluate_curve_rows, format_row, make_dataset, sample_curve_rows, train_dpo, train_sft

@@ -16,6 +16,7 @@ def main(folder: Path) -> int:
         f"first loss {metrics['first_loss']:.5f} is ln 2": abs(metrics["first_loss"] - 0.693147) <= 0.001,
         f"held-out loss {held_out['loss']:.4f} <= 0.35": held_out["loss"] <= 0.35,
         f"held-out accuracy {held_out['accuracy']:.4f} >= 0.80": held_out["accuracy"] >= 0.80,
+        f"verdict {metrics['verdict']['label']} is learned": metrics["verdict"]["label"] == "learned",
         f"notebook {seconds:.0f} s <= {LIMIT_SECONDS} s": seconds <= LIMIT_SECONDS,
         f"peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB <= 2": metrics["peak_memory_bytes"] <= 2 * 2**30,
         "no cell failed": not errors,

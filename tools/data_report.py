@@ -14,7 +14,7 @@ from dpo_helpers.baselines import BASELINE_NAMES, compare_answers, compare_lengt
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.evaluation import SIDES, score_rows, summarize_by, summarize_scores
 from dpo_helpers.modeling import load_tokenizer
-from dpo_helpers.notebook import KIND_NAMES, answer_stages, pick_rows, quiet_libraries
+from dpo_helpers.notebook import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
 from dpo_helpers.preferences import FIELDS, REJECTION_KINDS, generate_preferences, load_topics, split_rows, strip_question
 from dpo_helpers.storage import load_run
 from dpo_helpers.token_report import build_token_report, measure_rows
@@ -175,7 +175,7 @@ def describe_run(folder: Path) -> str:
         for line, share in zip(by_kind, shares, strict=True)
     ]  # fmt: skip
     asked = pick_rows(rows, 30, config.seed)
-    answers = answer_stages(model, tokenizer, asked)
+    answers = tabulate_stages(model, tokenizer, asked)
     return f"""## 学習の結果：{folder}
 
 ベースモデルは {config.model_name}、行数は {config.num_samples:,}、教師あり学習は {config.sft_epochs:g} エポック、DPO は {config.num_train_epochs:g} エポックです。

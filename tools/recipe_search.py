@@ -12,10 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from dpo_helpers.answer_quality import check_answer
 from dpo_helpers.config import RunConfig
 from dpo_helpers.environment import find_machine
-from dpo_helpers.evaluation import check_answer, score_rows, summarize_scores, use_stage
-from dpo_helpers.inference import generate_response
+from dpo_helpers.evaluation import score_rows, summarize_scores
+from dpo_helpers.inference import generate_response, use_stage
 from dpo_helpers.monitoring import summarize_training
 from dpo_helpers.preferences import generate_preferences, split_rows, strip_question
 from dpo_helpers.run import open_run

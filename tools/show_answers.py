@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from dpo_helpers.evaluation import check_answer
-from dpo_helpers.notebook import answer_stages, pick_rows, quiet_libraries
+from dpo_helpers.answer_quality import check_answer
+from dpo_helpers.notebook import pick_rows, quiet_libraries, tabulate_stages
 from dpo_helpers.storage import load_run
 
 
@@ -37,7 +37,7 @@ def main(folder: Path, count: int) -> None:
     quiet_libraries()
     model, tokenizer, config = load_run(folder)
     asked = pick_rows(read_rows(folder / "held_out.jsonl"), count, config.seed)
-    answers = answer_stages(model, tokenizer, asked)
+    answers = tabulate_stages(model, tokenizer, asked)
     print(make_table(answers), make_table(count_checks(answers, asked)), sep="\n\n")
 
 

@@ -1,0 +1,220 @@
+"""A reader's way through the main notebook, in a real browser: JupyterLab in Debian's Chromium (tools/install_browser.sh).
+
+The notebook is run once, as "Run > Run All Cells" does, with the demo's parameters; each test looks at one thing in the page.
+Screenshots go to outputs/browser/.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from dpo_helpers.own_data import load_preferences
+from dpo_helpers.votes import read_votes
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parent.parent.parent
+PICTURES = ROOT / "outputs" / "browser"
+NAME = "colab_dpo_training.ipynb"
+# Few rows keep it short; four epochs of them make the DPO training last about ten seconds, so that there is something to watch.
+PARAMETERS = yaml.safe_load((ROOT / "tests" / "demo_parameters.yaml").read_text(encoding="utf-8"))
+PARAMETERS |= {"NUM_SAMPLES": 200, "NUM_TRAIN_EPOCHS": 4.0}
+LIVE_VIEW = "img, svg, table, progress"  # what of a training cell's output may change in place and counts as a live view
+LIVE_CHANGES = 3
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+)
+ASK_AND_VOTE = (
+    "### 質問する\n\n欄に質問を書いて Enter キーを押すと、学習の前と後の回答が並びます。",
+    "from dpo_helpers.ask_vote import ask_box, vote_box\n\nask_box(saved_model, saved_tokenizer)",
+    "### どちらの回答が良いか、投票する\n\nどちらが DPO の前で、どちらが後かを隠して見せます。投票は `votes.jsonl` に 1 件ずつ保存され、"
+    "次の学習の `DATA_FILE` に使えます。迷うときは「同じくらい」を選んでください（勝率には数えません）。",
+    'votes_file = run.folder / "votes.jsonl"\nvote_box(saved_model, saved_tokenizer, held_out_rows, votes_file, config.seed)',
+)
+
+# Notes, four times a second, every state of each picture or table in the output of each code cell: {cell: {tag: states}}.
+WATCH = """visuals => {
+    const states = (window.states = {});
+    setInterval(() => document.querySelectorAll(".jp-CodeCell").forEach((cell, number) => {
+        for (const item of cell.querySelectorAll(".jp-OutputArea-output :is(" + visuals + ")")) {
+            const tags = (states[number] ??= {});
+            (tags[item.tagName.toLowerCase()] ??= new Set()).add(item.src || item.outerHTML);
+        }
+    }), 250);
+}"""
+COUNT_CHANGES = "number => Math.max(0, ...Object.values(window.states[number] ?? {}).map(states => states.size - 1))"
+
+
+def make_notebook(folder: Path) -> list[str]:
+    """Write the copy that is run, with the parameters injected as papermill does; return the sources of its code cells."""
+    notebook = nbformat.read(ROOT / NAME, as_version=4)
+    cells = notebook.cells
+    (place,) = (i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+    lines = "".join(f"{name} = {value!r}\n" for name, value in PARAMETERS.items())
+    cells.insert(place + 1, nbformat.v4.new_code_cell(f"# Parameters\n{lines}"))
+    if not any("ask_box(" in cell.source and "helpers" not in cell.metadata.get("tags", []) for cell in cells):
+        (place,) = (i for i, cell in enumerate(cells) if "def generate_response(question)" in cell.source)
+        kinds = (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell) * 2
+        cells[place + 1 : place + 1] = [make(source) for make, source in zip(kinds, ASK_AND_VOTE, strict=True)]
+    nbformat.write(notebook, folder / NAME)
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """(address, folder) of a JupyterLab on this machine, without token, news, or anything of the user's own settings."""
+    folder, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
+    settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # all cells stay in the page, those out of sight too
+    page_config = home / "config" / "labconfig" / "page_config.json"
+    page_config.parent.mkdir(parents=True)
+    page_config.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTER_CONFIG_DIR": str(home / "config"), "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={folder}"]
+    options += ["--IdentityProvider.token=", "--ServerApp.password="]
+    with open(home / "lab.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for_server(f"http://127.0.0.1:{port}/api", server, home / "lab.log")
+            yield f"http://127.0.0.1:{port}", folder
+        finally:
+            server.terminate()  # it ends its kernels, too
+            server.wait(30)
+
+
+def wait_for_server(address: str, server, log: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except urllib.error.URLError:
+            time.sleep(0.2)
+    pytest.fail(f"JupyterLab does not answer at {address}:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def run(lab):
+    """(page, sources of the code cells, folder) after the whole notebook has run."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    assert chromium, "run tools/install_browser.sh"
+    address, folder = lab
+    sources = make_notebook(folder)
+    shutil.rmtree(PICTURES, ignore_errors=True)
+    PICTURES.mkdir(parents=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS.split())
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="ja-JP")
+        page.goto(f"{address}/lab/tree/{NAME}")
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        page.evaluate(WATCH, LIVE_VIEW)
+        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        run_to_the_end(page, sources)
+        yield page, sources, folder
+        browser.close()
+
+
+def find_cell(sources: list[str], text: str) -> int:
+    """Return the number of the one code cell, besides the package's own, whose source holds `text`."""
+    (number,) = (i for i, source in enumerate(sources) if text in source and "FILES[" not in source)
+    return number
+
+
+def run_to_the_end(page, sources: list[str], seconds: float = 240) -> None:
+    """Wait until every code cell has run, with a picture of the training under way; fail at the first error in the page."""
+    training, pictured, end = find_cell(sources, "train_dpo(run"), False, time.monotonic() + seconds
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    while time.monotonic() < end:
+        errors = page.locator('.jp-OutputArea-output [data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        assert not errors, errors[0]
+        numbers = [text.strip() for text in prompts.all_inner_texts()]
+        if all(text[1:-2].isdigit() for text in numbers) and len(numbers) == len(sources):
+            return
+        if not pictured and numbers[training] == "[*]:" and page.evaluate(COUNT_CHANGES, training) >= LIVE_CHANGES:
+            take_picture(page, training, "training")
+            pictured = True
+        page.wait_for_timeout(250)
+    take_picture(page, training, "stuck")
+    pytest.fail(f"after {seconds} s these prompts stand in the page: {numbers}")
+
+
+def show_cell(page, number: int):
+    cell = page.locator(".jp-CodeCell").nth(number)
+    cell.scroll_into_view_if_needed()
+    return cell
+
+
+def take_picture(page, number: int, name: str) -> None:
+    show_cell(page, number).screenshot(path=PICTURES / f"{name}.png")
+
+
+def test_the_live_view_changes_during_the_training(run):
+    page, sources, _ = run
+    assert page.evaluate(COUNT_CHANGES, find_cell(sources, "train_dpo(run")) >= LIVE_CHANGES
+
+
+def test_the_final_plots_are_there(run):
+    page, sources, _ = run
+    for name in ("plot_training(", "plot_token_report(measured"):
+        number = find_cell(sources, name)
+        widths = show_cell(page, number).locator(".jp-OutputArea-output img").evaluate_all("all => all.map(img => img.naturalWidth)")
+        assert widths and min(widths) > 300
+    take_picture(page, find_cell(sources, "plot_training("), "plots")
+
+
+def test_a_question_is_answered_in_the_box(run):
+    page, sources, _ = run
+    number = find_cell(sources, "ask_box(saved_model")
+    cell = show_cell(page, number)
+    cell.locator("button", has_text="質問する").click()
+    cell.get_by_text("質問が空です").wait_for()
+    cell.locator("input").press_sequentially("過学習とは何ですか？")
+    cell.locator("input").press("Enter")
+    cell.get_by_text("質問：過学習とは何ですか？").wait_for(timeout=60_000)
+    answers = cell.locator(".jp-OutputArea-output div[style*='pre-wrap']").all_inner_texts()
+    assert [answer.split("\n")[0] for answer in answers] == ["① ベースモデル", "② 教師あり学習の後", "③ DPO の後"]
+    assert all(len(answer.split("\n", 1)[1].strip()) > 3 for answer in answers)
+    take_picture(page, number, "ask")
+
+
+def test_votes_by_mouse_and_by_keyboard_are_training_data(run):
+    page, sources, folder = run
+    number, path = find_cell(sources, "vote_box(saved_model"), folder / "run" / "votes.jsonl"
+    cell = show_cell(page, number)
+    question, reveal = cell.locator("b", has_text="質問："), cell.get_by_text("投票しました")
+    votes = (
+        lambda: cell.locator("button", has_text="A が良い").click(),
+        lambda: (page.keyboard.press("Tab"), page.keyboard.press("Space")),  # from A, which has the focus, to B
+        lambda: cell.locator("input").press("s"),
+    )
+    for count, vote in enumerate(votes, 1):
+        asked = question.inner_text().removeprefix("質問：")
+        page.wait_for_timeout(700)  # a click sooner than a reader could make it is no vote
+        vote()
+        reveal.filter(has_text=asked).wait_for(timeout=60_000)
+        question.wait_for()
+        assert len(read_votes(path)) == count
+    take_picture(page, number, "vote")
+    rows, voted = load_preferences(path), read_votes(path)
+    assert [row["chosen"] for row in rows] == [vote["chosen"] for vote in voted[:2]] and voted[2]["winner"] == "tie"
+    assert "引き分け 1、学習に使える行 2" in cell.inner_text()
