@@ -176,7 +176,16 @@ def test_a_missing_torch_is_not_chosen_for_the_user():
 
 def test_where_nothing_is_missing_set_up_does_not_call_pip(monkeypatch, capsys):
     ready = installed(
-        *("torch 2.11", "transformers 5.15", "peft 0.20", "datasets 4.0", "accelerate 1.14", "trl 0.29.1", "matplotlib-fontja 1.1")
+        *(
+            "torch 2.11",
+            "transformers 5.15",
+            "peft 0.20",
+            "datasets 4.0",
+            "accelerate 1.14",
+            "trl 0.29.1",
+            "matplotlib-fontja 1.1",
+            "sacrebleu 2.6",
+        )
     )
     monkeypatch.setattr(pip, "snapshot_packages", lambda: ready)
     monkeypatch.setattr(pip, "run_pip", lambda *arguments, label: pytest.fail("pip was called"))

@@ -45,6 +45,7 @@ DATASETS_360 = {
 }
 TRL_0190 = {"version": "0.19.0", "requires": ["accelerate>=1.4.0", "datasets>=3.0.0", "transformers>=4.51.0"]}
 FONTJA = {"version": "1.1.0", "requires": ["matplotlib"]}
+SACREBLEU = {"version": "2.6.0", "requires": []}
 
 
 def complaints(report: dict, kind: str = "ours") -> set[tuple[str, str]]:
@@ -57,7 +58,7 @@ def june_image(**overlay) -> dict:
 
 
 def test_the_seeds_two_conflicts_are_explained_and_cured_by_moving_who_complains(make):
-    environment = make(june_image(matplotlib_fontja=FONTJA))
+    environment = make(june_image(matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU))
     before, baseline = versions(environment), pip_check(environment)
 
     code, report, said = doctor(environment, "--metadata-only")
@@ -85,7 +86,9 @@ def test_the_seeds_two_conflicts_are_explained_and_cured_by_moving_who_complains
 def test_three_conflicts_after_uv_pip_install_trl_are_cured_without_undoing_it(make):
     overlay = json.loads((FIXTURES / "after-uv-pip-install-trl.json").read_text())
     environment = make(
-        load_image("image-2026-08-19.json") | overlay | {"matplotlib-fontja": FONTJA, "torchao": {"version": "0.18.0", "requires": []}}
+        load_image("image-2026-08-19.json")
+        | overlay
+        | {"matplotlib-fontja": FONTJA, "sacrebleu": SACREBLEU, "torchao": {"version": "0.18.0", "requires": []}}
     )
     before, baseline = versions(environment), pip_check(environment)
     code, report, _ = doctor(environment, "--metadata-only")
@@ -112,7 +115,7 @@ def test_a_replaced_torch_is_refused_with_the_way_to_a_fresh_runtime(make):
 
 
 def test_a_package_without_its_files_is_installed_again_in_the_same_version(make):
-    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, trl={"version": "0.29.1", "requires": []})
+    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": []})
     image["torchao"]["version"] = "0.18.0"
     version = image.pop("tqdm")["version"]
     environment = make(image)
@@ -133,7 +136,7 @@ def test_a_package_without_its_files_is_installed_again_in_the_same_version(make
 
 
 def test_a_hopeless_conflict_does_not_keep_a_curable_one_broken(make):
-    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, trl={"version": "0.29.1", "requires": []})
+    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": []})
     image["torchao"]["version"] = "0.18.0"
     image["gcsfs"] = {"version": "2025.3.2", "requires": ["fsspec==2025.3.2"]}
     image["pandas"]["version"] = "2.2.2"  # google-colab asks for 2.2.3, and neither of them may move
@@ -148,7 +151,7 @@ def test_a_hopeless_conflict_does_not_keep_a_curable_one_broken(make):
 
 def test_a_repair_that_breaks_something_else_is_rolled_back_exactly(make, tmp_path):
     """`stranger` also lacks a package, so that pip's resolver is not led to it and cannot foresee the clash."""
-    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, trl={"version": "0.29.1", "requires": []})
+    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": []})
     image["torchao"]["version"] = "0.18.0"
     image["stranger"] = {"version": "1.0", "requires": ["gcsfs==2025.3.2", "absent"]}
     image["gcsfs"] = {"version": "2025.3.2", "requires": ["fsspec==2025.3.2"]}
@@ -181,7 +184,9 @@ def test_a_system_python_is_not_touched(make, get_template):
 
 def test_the_seeds_conflicts_with_the_packages_really_installed(make):
     """Once more, with what complains, what is complained about and datasets as real code that is imported."""
-    image = june_image(matplotlib_fontja=FONTJA, trl={"version": "0.29.1", "requires": ["datasets>=3.0.0"]}, fastai=None)
+    image = june_image(
+        matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": ["datasets>=3.0.0"]}, fastai=None
+    )
     needed = [
         "aiohappyeyeballs",
         "aiohttp",
