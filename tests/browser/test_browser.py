@@ -34,13 +34,6 @@ LIVE_CHANGES = 3
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 )
-ASK_AND_VOTE = (
-    "### 質問する\n\n欄に質問を書いて Enter キーを押すと、学習の前と後の回答が並びます。",
-    "from dpo_helpers.ask_vote import ask_box, vote_box\n\nask_box(saved_model, saved_tokenizer)",
-    "### どちらの回答が良いか、投票する\n\nどちらが DPO の前で、どちらが後かを隠して見せます。投票は `votes.jsonl` に 1 件ずつ保存され、"
-    "次の学習の `DATA_FILE` に使えます。迷うときは「同じくらい」を選んでください（勝率には数えません）。",
-    'votes_file = run.folder / "votes.jsonl"\nvote_box(saved_model, saved_tokenizer, held_out_rows, votes_file, config.seed)',
-)
 
 # Notes, four times a second, every state of each picture or table in the output of each code cell: {cell: {tag: states}}.
 WATCH = """visuals => {
@@ -62,10 +55,6 @@ def make_notebook(folder: Path) -> list[str]:
     (place,) = (i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
     lines = "".join(f"{name} = {value!r}\n" for name, value in PARAMETERS.items())
     cells.insert(place + 1, nbformat.v4.new_code_cell(f"# Parameters\n{lines}"))
-    if not any("ask_box(" in cell.source and "helpers" not in cell.metadata.get("tags", []) for cell in cells):
-        (place,) = (i for i, cell in enumerate(cells) if "def generate_response(question)" in cell.source)
-        kinds = (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell) * 2
-        cells[place + 1 : place + 1] = [make(source) for make, source in zip(kinds, ASK_AND_VOTE, strict=True)]
     nbformat.write(notebook, folder / NAME)
     return [cell.source for cell in cells if cell.cell_type == "code"]
 
@@ -140,7 +129,7 @@ def find_cell(sources: list[str], text: str) -> int:
     return number
 
 
-def run_to_the_end(page, sources: list[str], seconds: float = 240) -> None:
+def run_to_the_end(page, sources: list[str], seconds: float = 600) -> None:
     """Wait until every code cell has run, with a picture of the training under way; fail at the first error in the page."""
     training, pictured, end = find_cell(sources, "train_dpo(run"), False, time.monotonic() + seconds
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
