@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_helpers.files import hash_file, write_json
 from dpo_helpers.mirror import MANIFEST, SLOT_NAMES, STAGES, find_valid_slots, order_of, restore_slot, verify_folder
-from dpo_helpers.storage import hash_file, write_json
 
 PROGRESS = "progress.json"  # what the trainer's own files do not say: configuration, identity of the data, seconds, resumptions
 KEPT = 2  # the newest, and the one before it in case the newest is damaged

@@ -5,23 +5,20 @@ what is deleted to its bin, and while one slot is written the other still holds 
 removes none, and takes no lock.
 """
 
-import contextlib
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 import threading
-from functools import partial
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
-from dpo_helpers.storage import hash_file
+from dpo_helpers.files import hash_file, write_in_place
 
 STAGES = ("sft", "dpo")  # in the order of training
 SLOT_NAMES = ("slot-0", "slot-1")
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 1 << 20
 QUIET_SECONDS = 2  # a wait longer than this is announced
 FINISH_SECONDS = 300  # a mount that hangs never answers, so waiting for it needs an end
 
@@ -57,17 +54,18 @@ def read_manifest(folder) -> dict | None:
     return value if well_formed else None
 
 
+def _is_whole(folder: Path, manifest: dict) -> bool:
+    return all(
+        (folder / name).stat().st_size == entry["bytes"] and hash_file(folder / name) == entry["sha256"]
+        for name, entry in manifest["files"].items()
+    )
+
+
 def verify_folder(folder) -> dict | None:
     """Return the manifest if every file that it lists has the listed size and SHA-256, else None."""
-    folder, manifest = Path(folder), read_manifest(folder)
-    try:
-        whole = manifest is not None and all(
-            (folder / name).stat().st_size == entry["bytes"] and hash_file(folder / name) == entry["sha256"]
-            for name, entry in manifest["files"].items()
-        )
-    except OSError:
-        return None
-    return manifest if whole else None
+    manifest = read_manifest(folder)
+    with suppress(OSError):
+        return manifest if manifest and _is_whole(Path(folder), manifest) else None
 
 
 def order_of(manifest: dict) -> tuple:
@@ -97,42 +95,43 @@ def restore_slot(slot, target) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_slot(checkpoint: Path, slot: Path) -> dict:
-    """Overwrite a slot by a checkpoint, read every byte back, and return the manifest; OSError if anything fails.
+def write_slot(checkpoint: Path, slot: Path) -> None:
+    """Overwrite a slot by a checkpoint and read every byte back; OSError if anything fails.
 
     The slot has no valid manifest from before its first file changes until all its files have been compared.
     """
     if (manifest := read_manifest(checkpoint)) is None:
         raise FileNotFoundError(errno.ENOENT, "no usable manifest", str(checkpoint / MANIFEST))
-    content = (checkpoint / MANIFEST).read_bytes()
-    slot.mkdir(exist_ok=True)  # never with parents: a lost mount would be replaced by a folder on this machine
-    _write_in_place(slot / MANIFEST, [b"{}"])
+    slot.mkdir(exist_ok=True)  # here and below never with parents: a lost mount would be replaced by a folder on this machine
+    write_in_place(slot / MANIFEST, BytesIO(b"{}"))
     for name in manifest["files"]:
-        for parent in reversed(PurePosixPath(name).parents):
-            (slot / parent).mkdir(exist_ok=True)
+        (slot / name).parent.mkdir(exist_ok=True)
         with open(checkpoint / name, "rb") as source:
-            _write_in_place(slot / name, iter(partial(source.read, CHUNK_BYTES), b""))
-    for name, entry in manifest["files"].items():
-        _read_back(slot / name, entry["sha256"])
-    _write_in_place(slot / MANIFEST, [content])
-    _read_back(slot / MANIFEST, hashlib.sha256(content).hexdigest())
-    return manifest
+            write_in_place(slot / name, source)
+    if not _is_whole(slot, manifest):
+        raise MismatchError
+    write_in_place(slot / MANIFEST, BytesIO((checkpoint / MANIFEST).read_bytes()))
+    if read_manifest(slot) != manifest:
+        raise MismatchError
 
 
 class Mirror:
-    """One daemon thread that copies the newest submitted checkpoint to a folder; its attributes `saved` and `problem` tell the state."""
+    """One daemon thread that copies the newest submitted checkpoint to a folder.
+
+    `problem` says why the last copy failed; `hangs`, that finish() has waited in vain for one that still goes on.
+    """
 
     def __init__(self, folder, report=print):
         self.folder, self.report = Path(folder), report
-        self.saved: dict | None = None  # manifest of the newest checkpoint verified there; looked up at the first copy
         self.problem: str | None = None
+        self.hangs = False
         self._said: set[str] = set()  # problems reported since the last success
         self._slot: Path | None = None  # the one to write next
         self._pending: Path | None = None  # the newest submitted checkpoint, until it is safely there
         self._copying: Path | None = None
         self._due = False  # an attempt is asked for
         self._changed = threading.Condition()
-        with contextlib.suppress(OSError):  # the first copy meets the same error and reports it
+        with suppress(OSError):  # the first copy meets the same error and reports it
             self.folder.mkdir(parents=True, exist_ok=True)
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
@@ -148,12 +147,17 @@ class Mirror:
             return {self._copying, self._pending} - {None}
 
     def finish(self, timeout: float | None = None) -> bool:
-        """Try again what failed, wait at most `timeout` seconds (default 300), and return whether the newest checkpoint is there."""
+        """Try again what failed, wait at most `timeout` seconds (default 300), and return whether the newest checkpoint is there.
+
+        A copy that was waited for in vain is not waited for again.
+        """
         limit = FINISH_SECONDS if timeout is None else timeout
         quiet = min(limit, QUIET_SECONDS)
         with self._changed:
             self._due = self._pending is not None  # during an attempt: taken up if that one fails
             self._changed.notify_all()
+            if self.hangs:
+                return False
         if not (idle := self._wait_idle(quiet)) and quiet < limit:
             self.report(f"{self.folder} への保存が終わるのを待っています（最長 {limit:g} 秒）。")
             idle = self._wait_idle(limit - quiet)
@@ -165,7 +169,9 @@ class Mirror:
 
     def _wait_idle(self, seconds: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not self._due and self._copying is None, seconds)
+            idle = self._changed.wait_for(lambda: not self._due and self._copying is None, seconds)
+            self.hangs = not idle
+            return idle
 
     def _work(self) -> None:
         while True:
@@ -173,27 +179,26 @@ class Mirror:
                 self._changed.wait_for(lambda: self._due)
                 self._due, self._copying = False, self._pending
             line = self._attempt(self._copying)
-            with contextlib.suppress(Exception):  # an output that is gone must not end the thread; `problem` still tells
+            with suppress(Exception):  # an output that is gone must not end the thread; `problem` still tells
                 if line:
                     self.report(line)
             with self._changed:
-                self._copying = None
+                self._copying, self.hangs = None, False
                 self._changed.notify_all()
 
     def _attempt(self, checkpoint: Path) -> str | None:
         """Copy one checkpoint; return the line to report, if something has changed."""
         try:
             self.folder.mkdir(exist_ok=True)
-            if self._slot is None:
-                self._slot, self.saved = _choose_slot(self.folder)
-            manifest = write_slot(checkpoint, self._slot)
+            self._slot = self._slot or _choose_slot(self.folder)
+            write_slot(checkpoint, self._slot)
         except Exception as error:  # whatever it is, it is told, and the next checkpoint finds the thread alive
             self.problem = _explain(error, checkpoint)
             told = self.problem in self._said
             self._said.add(self.problem)
             after = "学習はこのまま続き、結果はこのマシンに残ります。次のチェックポイントでもう一度試します。"
             return None if told else f"{self.folder} に保存できませんでした：{self.problem}{after}"
-        recovered, self.problem, self.saved = self.problem is not None, None, manifest
+        recovered, self.problem = self.problem is not None, None
         self._said.clear()
         self._slot = _other_slot(self._slot)
         with self._changed:
@@ -202,12 +207,11 @@ class Mirror:
         return f"{self.folder} にまた保存できるようになりました。{checkpoint.name} を保存しました。" if recovered else None
 
 
-def _choose_slot(folder: Path) -> tuple[Path, dict | None]:
-    """Return (slot to write first, manifest of the newest valid slot); the newest good one is not the one to write."""
-    if valid := find_valid_slots(folder):
-        return _other_slot(valid[0][0]), valid[0][1]
+def _choose_slot(folder: Path) -> Path:
+    """Return the slot to write first, which is not the newest good one."""
     first = folder / SLOT_NAMES[0]
-    return _other_slot(first) if read_manifest(first) else first, None  # it may be good, and unreadable only now
+    newest = next((slot for slot, _ in find_valid_slots(folder)), first if read_manifest(first) else None)
+    return _other_slot(newest) if newest else first  # a `first` that does not verify may be good, and unreadable only now
 
 
 def _other_slot(slot: Path) -> Path:
@@ -230,17 +234,3 @@ def _is_inside(name: str) -> bool:
     path, _ = PurePosixPath(name), name.encode()
     odd = path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0")
     return not odd and str(path) == name and path.parts[:1] not in ((), (MANIFEST,))
-
-
-def _write_in_place(path: Path, chunks) -> None:
-    with open(path, "r+b" if path.exists() else "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_back(path: Path, digest: str) -> None:
-    if hash_file(path) != digest:
-        raise MismatchError(f"{path} の内容が一致しません。")

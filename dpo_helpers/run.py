@@ -3,19 +3,22 @@
 import hashlib
 import json
 import shutil
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 from dpo_helpers.checkpoints import Checkpoint, find_newest, publish_checkpoint, rotate_checkpoints
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.environment import Machine, Stopwatch
+from dpo_helpers.files import copy_file
 from dpo_helpers.mirror import Mirror
 from dpo_helpers.run_lock import RunLock
-from dpo_helpers.storage import CHECKPOINTS, copy_file, copy_run, prepare_run_folder
+from dpo_helpers.storage import CHECKPOINTS, copy_run, prepare_run_folder
 
 RESUME_CHOICES = {"自動": "auto", "最初から": "never"}
 PHASES = {"sft": "sft", "dpo": "training"}  # which of metrics.json's seconds a stage's training counts into
 STAGE_NAMES = {"sft": "教師あり学習", "dpo": "DPO"}
+RELEASE_SECONDS = 5
 _open_runs: dict[Path, "Run"] = {}  # a cell that is run twice must not leave two heartbeats and two mirrors behind
 
 
@@ -128,9 +131,10 @@ class Run:
         """
         if self.mirror is None:
             return False
-        if not (safe := self.mirror.finish()):
-            if self.mirror.problem is None:  # no answer at all: finish() has said so, and a copy would never return
-                return False
+        safe = self.mirror.finish()
+        if self.mirror.hangs:  # finish() has said so, and a copy would never return
+            return False
+        if not safe:
             print(f"チェックポイントの写しは {self.mirror_folder} にありません：{self.mirror.problem}")
         return copy_run(self.folder, self.mirror_folder) and safe
 
@@ -139,7 +143,9 @@ class Run:
         _open_runs.pop(self.folder.resolve(), None)
         if self.mirror:
             self.mirror.finish()
-        self.lock.release()
+        letting_go = threading.Thread(target=self.lock.release, daemon=True)
+        letting_go.start()
+        letting_go.join(RELEASE_SECONDS)  # the lock on a mount that hangs is never written
 
 
 def open_run(
@@ -153,7 +159,9 @@ def open_run(
     resume = RESUME_CHOICES.get(resume, resume)
     if resume not in RESUME_CHOICES.values():
         raise UserError(f"RESUME は「自動」か「最初から」（ターミナルでは auto か never）にしてください（指定：{resume}）。")
-    folder, mirror = _choose_folders(Path(folder), Path(mirror) if mirror else None, config, resume)
+    folder, mirror = Path(folder), Path(mirror) if mirror else None
+    _check_mirror(mirror)
+    folder, mirror = _choose_folders(folder, mirror, config, resume)
     if already := _open_runs.get(folder.resolve()):
         already.close()
     prepare_run_folder(folder, config)
@@ -176,6 +184,20 @@ def open_run(
         run.close()
         raise
     return run
+
+
+def _check_mirror(mirror: Path | None) -> None:
+    """Refuse a mirror that gives no answer: it may hold what this run goes on from, and a fresh start would write over that."""
+    try:
+        if mirror:
+            mirror.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(
+            f"保存先 {mirror} を読めません（{error.strerror}）。前の続きがあるかもしれないので、まだ始めません。\n"
+            "Google Drive なら、このセルをもう一度実行してつなぎ直してください。使わずに始めるには USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
+        ) from None
 
 
 def _refuse(where, different: list[str]) -> UserError:

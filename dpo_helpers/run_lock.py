@@ -6,18 +6,21 @@ import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from contextlib import suppress
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import psutil
 
 from dpo_helpers.config import UserError
+from dpo_helpers.files import write_in_place
 
 LOCK_NAME = "run.lock"
 STALE_SECONDS = 90.0  # six heartbeats: a busy Drive loses one or two
 RELEASED = {"released": True}
-_FILES = threading.RLock()  # one thread of this process at a time reads and then writes a lock
+_FILES = defaultdict(threading.RLock)  # one thread of this process at a time reads and then writes a lock file
 _OWNERS = {}  # lock file -> the RunLock that beats it: a cell that is run again leaves the thread of the first run behind
 
 
@@ -37,13 +40,9 @@ def read_lock(path) -> dict | None:
         return {}
 
 
-def _write(path, value: dict, mode: str = "r+b") -> None:
-    """Write in place: on Google Drive every file that is replaced or deleted goes to the bin and fills it."""
-    with open(path, mode) as file:
-        file.write(json.dumps(value).encode().ljust(512))  # of one length, so that no reader meets the tail of an older text
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, value: dict, mode: str = "r+b") -> None:
+    text = json.dumps(value).ljust(512)  # of one length, so that no reader meets the tail of an older text
+    write_in_place(path, BytesIO(text.encode()), mode)
 
 
 def _started(pid: int) -> float:
@@ -86,14 +85,14 @@ class RunLock:
     """
 
     def __init__(self, folders: list[Path], report=print, clock=time.time, sleep=time.sleep, interval: float = 15.0):
-        self.paths = [Path(folder) / LOCK_NAME for folder in folders]
+        self.paths = [Path(folder).absolute() / LOCK_NAME for folder in folders]
         self.report, self.clock, self.sleep, self.interval = report, clock, sleep, interval
-        self.lost, self._held, self._beats, self._stop = False, [], 0, threading.Event()
+        self.lost, self._held, self._beats, self._stop = False, set(), 0, threading.Event()
 
     def acquire(self) -> None:
         """Lock every folder, which must exist, or raise UserError and hold none; a mirror that cannot be used is left out."""
         self._stop.set()
-        self._me, self._stop, self.lost, self._held = _identity(os.getpid()), threading.Event(), False, []
+        self._me, self._stop, self.lost, self._held = _identity(os.getpid()), threading.Event(), False, set()
         # Before the first lock is taken: while acquire() waits for the mirror, the local lock must not go stale.
         threading.Thread(target=self._beat_until, args=(self._stop,), daemon=True, name="run-lock").start()
         try:
@@ -111,28 +110,29 @@ class RunLock:
 
     def beat(self) -> None:
         """Write the heartbeat into every folder held; give up a folder that somebody else has taken over, and set `lost`."""
-        with _FILES:
-            self._beats += 1
-            for path in list(self._held):
-                with suppress(OSError):  # on purpose: whatever mirrors the run to that folder reports a lost mount
-                    found, owned = read_lock(path), _OWNERS.get(path.resolve()) is self
-                    if owned and (not found or self._is_mine(found)):
-                        _write(path, self._content())
-                        continue
-                    self._held.remove(path)
-                    if owned and not self.lost:
-                        self.lost = True
-                        self.report(f"別のノートブックが {path.parent} での学習を引き継ぎました。このノートブックの学習は止めてください。")
+        self._beats += 1
+        for path in self.paths:
+            with _FILES[path], suppress(OSError):  # on purpose: whatever mirrors the run to that folder reports a lost mount
+                if path not in self._held:
+                    continue
+                found, owned = read_lock(path), _OWNERS.get(path) is self
+                if owned and (not found or self._is_mine(found)):
+                    _write(path, self._content())
+                    continue
+                self._held.remove(path)
+                if owned and not self.lost:
+                    self.lost = True
+                    self.report(f"別のノートブックが {path.parent} での学習を引き継ぎました。このノートブックの学習は止めてください。")
 
     def release(self) -> None:
         """Mark every lock that is still ours as released and stop beating; a second call does nothing."""
         self._stop.set()
-        with _FILES:
-            for path in self._held:
-                with suppress(OSError):  # as in beat(); the lock on a lost mount goes stale by itself
-                    if _OWNERS.get(path.resolve()) is self and self._is_mine(read_lock(path)):
+        for path in self.paths:
+            with _FILES[path], suppress(OSError):  # as in beat(); the lock on a lost mount goes stale by itself
+                if path in self._held:
+                    self._held.remove(path)
+                    if _OWNERS.get(path) is self and self._is_mine(read_lock(path)):
                         _write(path, RELEASED)
-            self._held = []
 
     def _beat_until(self, stop: threading.Event) -> None:
         while not stop.wait(self.interval):
@@ -149,14 +149,14 @@ class RunLock:
         again = self._is_mine(found)
         if found and "pid" in found and not again:
             found = self._wait_until_free(path, found)
-        with _FILES, suppress(FileExistsError):  # somebody was faster than our exclusive creation: the look below says who
+        with _FILES[path], suppress(FileExistsError):  # somebody was faster than our exclusive creation: the look below says who
             _write(path, self._content(), "xb" if found is None else "r+b")
-            _OWNERS[path.resolve()] = self
+            _OWNERS[path] = self
         if not again:
             self.sleep(0.2)
             if not self._is_mine(found := read_lock(path)):
                 raise _refusal(path, found)
-        self._held.append(path)
+        self._held.add(path)
 
     def _wait_until_free(self, path: Path, lock: dict) -> dict | None:
         """Return what is to be overwritten, or raise UserError where the other program is at work."""

@@ -1,18 +1,20 @@
 """Writes a run's folder, reads it back, and copies it elsewhere (zip, Google Drive) with a check of every byte."""
 
-import hashlib
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.environment import in_colab
+from dpo_helpers.files import copy_file, write_json, write_rows
 from dpo_helpers.run_lock import LOCK_NAME
 
 BASE_MODEL_FOLDER = "base_model"  # holds the embedded model, which no other machine could download
 CHECKPOINTS = "checkpoints"  # the folder inside a run's folder that training goes on from
 DRIVE_ROOT = Path("/content/drive")
+FLUSH_SECONDS = 300  # Colab's own default is a day
 
 
 def prepare_run_folder(folder: Path, config: RunConfig) -> None:
@@ -30,15 +32,6 @@ def list_result_files(folder) -> list[Path]:
     """Return the files of a run's folder that are its result: without checkpoints and lock."""
     aside = {CHECKPOINTS, LOCK_NAME}
     return [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.relative_to(folder).parts[0] not in aside]
-
-
-def write_json(path, value) -> None:
-    Path(path).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def write_rows(path, rows: list[dict]) -> None:
-    """Write rows as JSON Lines, UTF-8, one a line."""
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def save_model(folder, model, tokenizer) -> None:
@@ -118,7 +111,7 @@ def mount_drive(wanted: bool, run_dir) -> Path | None:
     if not in_colab():
         print("Colab ではないので Google Drive は使いません。結果はこのマシンのフォルダーに残ります。")
         return None
-    if not (DRIVE_ROOT / "MyDrive").is_dir():  # mount() asks for consent even where it is mounted already
+    if not os.path.isdir(DRIVE_ROOT / "MyDrive"):  # mount() asks for consent even where it is mounted already
         from google.colab import drive
 
         try:
@@ -134,14 +127,15 @@ def mount_drive(wanted: bool, run_dir) -> Path | None:
 
 def unmount_drive(wanted: bool) -> None:
     """Flush what is written to Google Drive and let go of it, where that is wanted and Drive is there."""
-    if not (wanted and in_colab() and (DRIVE_ROOT / "MyDrive").is_dir()):
+    if not (wanted and in_colab() and os.path.isdir(DRIVE_ROOT / "MyDrive")):
         return
     from google.colab import drive
 
     try:
-        drive.flush_and_unmount()
-    except ValueError as error:
-        print(f"Google Drive を切り離せませんでした（{error}）。保存した内容は確かめてあるので、このまま閉じてもかまいません。")
+        drive.flush_and_unmount(timeout_ms=FLUSH_SECONDS * 1000)
+    except Exception as error:  # ValueError after the time, NotImplementedError where it is not supported
+        print(f"Google Drive への送信が終わったことを確かめられませんでした（{error}）。送信は裏で続いているかもしれません。")
+        print("ランタイムを閉じる前に、ブラウザーの Google Drive に新しいファイルがあることを確かめるか、zip をダウンロードしてください。")
     else:
         print("Google Drive への書き込みをすべて終え、切り離しました。")
 
@@ -157,17 +151,19 @@ def choose_data_file(path: str, upload: bool, mirror: Path | None) -> str:
         raise UserError("アップロードは Colab だけで使えます。UPLOAD_FILE をオフにして、DATA_FILE にファイルのパスを書いてください。")
     from google.colab import files
 
-    names = list(files.upload())
-    if len(names) != 1:
-        raise UserError(f"ファイルを一つ選んでください（選ばれた数：{len(names)}）。使わない場合は UPLOAD_FILE をオフにしてください。")
+    uploaded = files.upload()
+    if len(uploaded) != 1:
+        raise UserError(f"ファイルを一つ選んでください（選ばれた数：{len(uploaded)}）。使わない場合は UPLOAD_FILE をオフにしてください。")
+    [(name, content)] = uploaded.items()
+    Path(name).write_bytes(content)  # upload() leaves an older file of this name alone and saves as "name (1)"
     if mirror is None:
-        return names[0]
-    kept = mirror.parent / "data" / names[0]
+        return name
+    kept = mirror.parent / "data" / name
     try:
-        copy_file(Path(names[0]), kept)
+        copy_file(Path(name), kept)
     except OSError as error:
         print(f"Google Drive に写しを置けませんでした（{error}）。切断に備えて、元のファイルを手元に残しておいてください。")
-        return names[0]
+        return name
     print(f"写しを {kept} に置きました。次からは UPLOAD_FILE をオフにして、DATA_FILE にこのパスを書けます。")
     return str(kept)
 
@@ -180,6 +176,7 @@ def copy_run(folder, target) -> bool:
     folder, target = Path(folder), Path(target)
     files = list_result_files(folder)
     try:
+        target.mkdir(exist_ok=True)
         for path in files:
             copy_file(path, target / path.relative_to(folder))
     except OSError as error:
@@ -187,20 +184,6 @@ def copy_run(folder, target) -> bool:
         return False
     print(f"{target} に {len(files)} 個のファイルを保存し、内容が一致することを確かめました。")
     return True
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file over another in place and read it back; raises OSError where that does not work or does not match."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    if hash_file(target) != hash_file(source):
-        raise OSError(f"{source.name} の内容が一致しません")
-
-
-def hash_file(path) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_run(run, trainer, metrics: dict) -> list[str]:

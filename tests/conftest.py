@@ -73,6 +73,28 @@ def tiny_models(tmp_path_factory, embedded_folder):
 
 
 @pytest.fixture
+def drive(tmp_path, monkeypatch):
+    """A folder that stands for Google Drive and fails as its attribute `fault` says."""
+    from faulty_drive import Drive
+
+    return Drive(tmp_path / "drive", monkeypatch)
+
+
+@pytest.fixture
+def colab(tmp_path, monkeypatch):
+    """A kernel of Colab: google.colab is imported, and Drive is not yet mounted; the working folder is empty."""
+    from fake_colab import FakeColab
+
+    from dpo_helpers import storage
+
+    fake = FakeColab(tmp_path / "colab", monkeypatch)
+    monkeypatch.setattr(storage, "DRIVE_ROOT", fake.mount_point)
+    (tmp_path / "content").mkdir()
+    monkeypatch.chdir(tmp_path / "content")
+    return fake
+
+
+@pytest.fixture
 def start_run(tmp_path):
     """A function that opens a run on the CPU with given rows; all of them are closed after the test."""
     from dpo_helpers.environment import find_machine

@@ -1,113 +1,36 @@
 """The copy of the newest checkpoint on an unreliable folder: whatever fails there, training goes on and one whole copy stays."""
 
-import builtins
 import errno
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from faulty_drive import FAULTS, WEIGHTS, contents, fail, no_fault, steps
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_helpers import mirror
+from dpo_helpers.files import hash_file
 from dpo_helpers.mirror import Mirror, find_valid_slots, order_of, read_manifest, restore_slot, verify_folder, write_slot
-from dpo_helpers.storage import hash_file
-
-WEIGHTS = "adapter_model.safetensors"
 
 
-def make_checkpoint(folder, step, stage="dpo", extra=("ref/adapter_model.safetensors",), size=3000):
-    """Write a checkpoint whose files all have `size` bytes that depend on the step, with its manifest (no newline at its end)."""
+def make_checkpoint(folder, step, stage="dpo", extra=("ref/adapter_model.safetensors",), size=3000, log_size=None):
+    """Write a checkpoint whose files have `size` bytes that depend on the step, with its manifest (no newline at its end)."""
     folder.mkdir(parents=True)
     files = {}
     for number, name in enumerate((WEIGHTS, "trainer_state.json", *extra)):
+        length = log_size if log_size and name == "trainer_state.json" else size
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(bytes((step * 7 + number + place) % 251 for place in range(size)))
-        files[name] = {"bytes": size, "sha256": hash_file(folder / name)}
+        (folder / name).write_bytes(bytes((step * 7 + number + place) % 251 for place in range(length)))
+        files[name] = {"bytes": length, "sha256": hash_file(folder / name)}
     (folder / "manifest.json").write_text(json.dumps({"stage": stage, "step": step, "files": files}))
     return folder
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def steps(folder):
-    """Return (slot, step) of the valid slots, newest first."""
-    return [(slot.name, manifest["step"]) for slot, manifest in find_valid_slots(folder)]
-
-
-class Drive:
-    """Stands between the module and the mirror's folder: every writing operation passes `fault(operation, path, data)`.
-
-    What it returns is written, without a buffer that a kill could still flush; what it raises, the module meets.
-    """
-
-    def __init__(self, root, monkeypatch):
-        self.root, self.fault = root, lambda operation, path, data: data
-        mkdir = os.mkdir
-        monkeypatch.setattr(mirror, "open", self.open, raising=False)
-        monkeypatch.setattr(os, "mkdir", lambda path, *rest: (self.touch("mkdir", path), mkdir(path, *rest))[1])
-        monkeypatch.setattr(os, "fsync", lambda number: self.fault("fsync", root, b""))  # and no waiting for a disk
-
-    def touch(self, operation, path, data=b""):
-        return self.fault(operation, Path(path), data) if Path(path).is_relative_to(self.root) else data
-
-    def open(self, path, mode):
-        if not path.is_relative_to(self.root):
-            return builtins.open(path, mode)
-        self.touch("open", path)
-        return SlotFile(self, path, builtins.open(path, mode, buffering=0))
-
-
-class SlotFile:
-    def __init__(self, drive, path, raw):
-        self.drive, self.path, self.raw = drive, path, raw
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.raw.close()
-
-    def write(self, data):
-        half = len(data) // 2
-        for part in (data[:half], data[half:]):
-            try:
-                part = self.drive.touch("write", self.path, part)
-            except Full as error:
-                self.raw.write(part[: error.fitting])
-                raise
-            self.raw.write(part)
-
-    def truncate(self):
-        self.drive.touch("truncate", self.path)
-        self.raw.truncate()
-
-    def flush(self):
-        pass
-
-    def fileno(self):
-        return self.raw.fileno()
-
-
-class Full(OSError):
-    """No space left, after the first `fitting` bytes of what was to be written."""
-
-    def __init__(self, fitting):
-        super().__init__(errno.ENOSPC, "No space left on device")
-        self.fitting = fitting
-
-
-@pytest.fixture
-def drive(tmp_path, monkeypatch):
-    return Drive(tmp_path / "drive", monkeypatch)
 
 
 @pytest.fixture
@@ -131,7 +54,6 @@ def test_a_checkpoint_comes_back_byte_for_byte(tmp_path):
     kept = Mirror(tmp_path / "drive")
     kept.submit(checkpoint)
     assert kept.finish(5) is True
-    assert kept.saved == read_manifest(checkpoint)
     [(slot, manifest)] = find_valid_slots(tmp_path / "drive")
     assert manifest == read_manifest(checkpoint)
     restore_slot(slot, tmp_path / "new machine" / "checkpoint")
@@ -139,7 +61,7 @@ def test_a_checkpoint_comes_back_byte_for_byte(tmp_path):
     assert [path.name for path in (tmp_path / "new machine").iterdir()] == ["checkpoint"]
 
 
-def test_fifty_checkpoints_take_the_room_of_two_and_nothing_on_the_mirror_is_deleted_or_renamed(tmp_path, monkeypatch):
+def test_over_fifty_checkpoints_the_mirror_grows_by_the_log_alone_and_nothing_there_is_deleted_or_renamed(tmp_path, monkeypatch):
     touched = []
 
     def record(name):
@@ -155,12 +77,15 @@ def test_fifty_checkpoints_take_the_room_of_two_and_nothing_on_the_mirror_is_del
         record(name)
     kept, seen = Mirror(tmp_path / "drive"), []
     for step in range(100, 150):
-        kept.submit(make_checkpoint(tmp_path / f"local-{step}", step, size=500))
+        kept.submit(make_checkpoint(tmp_path / f"local-{step}", step, size=500, log_size=10 * step))
         assert kept.finish(5)
-        files = contents(tmp_path / "drive")
-        seen.append((sorted(files), sum(map(len, files.values())), steps(tmp_path / "drive")))
-    assert all((names, size) == seen[1][:2] for names, size, _ in seen[1:])
-    assert len(seen[1][0]) == 2 * 4
+        files = {path: path.stat() for path in (tmp_path / "drive").rglob("*") if path.is_file()}
+        inodes = {path.relative_to(tmp_path / "drive").as_posix(): stat.st_ino for path, stat in files.items()}
+        seen.append((inodes, sum(stat.st_size for stat in files.values()), steps(tmp_path / "drive")))
+    names = ("adapter_model.safetensors", "manifest.json", "ref/adapter_model.safetensors", "trainer_state.json")
+    assert sorted(seen[1][0]) == [f"{slot}/{name}" for slot in ("slot-0", "slot-1") for name in names]
+    assert all(inodes == seen[1][0] for inodes, *_ in seen[1:])  # the very same files
+    assert [size - seen[1][1] for _, size, _ in seen[1:]] == [2 * 10 * number for number in range(49)]  # both logs, 10 bytes a step
     assert [found for *_, found in seen][:3] == [[("slot-0", 100)], [("slot-1", 101), ("slot-0", 100)], [("slot-0", 102), ("slot-1", 101)]]
     assert seen[-1][2] == [("slot-1", 149), ("slot-0", 148)]
     assert touched == []
@@ -172,9 +97,8 @@ def test_a_shorter_checkpoint_leaves_no_tail_of_the_longer_one(tmp_path):
     assert contents(tmp_path / "slot-0") == contents(tmp_path / "local-2")
 
 
-def test_a_file_larger_than_a_chunk_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "CHUNK_BYTES", 64)
-    write_slot(make_checkpoint(tmp_path / "local", 1, size=64 * 3 + 1), tmp_path / "slot-0")
+def test_a_file_larger_than_what_is_copied_at_once_is_whole(tmp_path):
+    write_slot(make_checkpoint(tmp_path / "local", 1, size=3 * shutil.COPY_BUFSIZE + 1), tmp_path / "slot-0")
     assert contents(tmp_path / "slot-0") == contents(tmp_path / "local")
 
 
@@ -268,61 +192,6 @@ def test_a_restore_never_replaces_a_checkpoint_and_survives_an_interrupted_one(t
 # What fails
 
 
-def fill_up(share):
-    """Let the drive take this share of a slot's bytes, and not one more."""
-
-    def make(checkpoint):
-        taken, room = 0, int(share * (2 + sum(map(len, contents(checkpoint).values()))))
-        room = room - 1 if share == 1 else room
-
-        def fault(operation, path, data):
-            nonlocal taken
-            fitting = min(len(data), max(0, room - taken))
-            taken += fitting
-            if fitting < len(data):
-                raise Full(fitting)
-            return data
-
-        return fault
-
-    return make
-
-
-def fail(number, *operations):
-    def fault(operation, path, data):
-        if operation in operations:
-            raise OSError(number, os.strerror(number))
-        return data
-
-    return lambda checkpoint: fault
-
-
-def change(name, edit):
-    """Let the drive store something else than it was given for one file, and say nothing."""
-
-    def fault(operation, path, data):
-        return edit(data) if operation == "write" and path.name == name and len(data) > 1 else data
-
-    return lambda checkpoint: fault
-
-
-FAULTS = {
-    "full at the first byte": (fill_up(0), "空き容量が足りません"),
-    "full in the middle": (fill_up(0.5), "空き容量が足りません"),
-    "full at the last byte": (fill_up(1), "空き容量が足りません"),
-    "quota": (fail(errno.EDQUOT, "fsync"), "空き容量が足りません"),
-    "input/output error": (fail(errno.EIO, "write"), "つながりません"),
-    "input/output error at the end": (fail(errno.EIO, "fsync"), "つながりません"),
-    "not connected": (fail(errno.ENOTCONN, "mkdir", "open", "write", "truncate", "fsync"), "つながりません"),
-    "read-only": (fail(errno.EROFS, "mkdir", "open"), "読み取り専用"),
-    "forbidden": (fail(errno.EACCES, "open"), "読み取り専用"),
-    "lost tail": (change(WEIGHTS, lambda data: data[:-1]), "一致しません"),
-    "lost tail of the manifest": (change("manifest.json", lambda data: data[:-1]), "一致しません"),
-    "flipped bit": (change(WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1])), "一致しません"),
-    "another error": (fail(errno.ENAMETOOLONG, "open"), "File name too long"),
-}
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_costs_one_line_and_neither_training_nor_the_last_good_slot(two_slots, drive, tmp_path, name):
     kept, lines = two_slots
@@ -336,17 +205,17 @@ def test_a_fault_costs_one_line_and_neither_training_nor_the_last_good_slot(two_
     [line] = lines
     assert reason in line and reason in kept.problem and str(kept.folder) in line and "\n" not in line
     assert "学習はこのまま続き、結果はこのマシンに残ります。次のチェックポイントでもう一度試します。" in line
+    drive.fault = no_fault
     assert contents(checkpoint) == local
     assert contents(kept.folder / "slot-1") == last_good
     assert steps(kept.folder)[0] == ("slot-1", 2)
-    assert (kept.saved["step"], kept.in_use()) == (2, {checkpoint})
+    assert kept.in_use() == {checkpoint}
 
-    drive.fault = lambda operation, path, data: data
     kept.submit(make_checkpoint(tmp_path / "local-4", 4))
     assert kept.finish(5) is True
     assert lines[1:] == [f"{kept.folder} にまた保存できるようになりました。local-4 を保存しました。"]
     assert steps(kept.folder) == [("slot-0", 4), ("slot-1", 2)]
-    assert (kept.saved["step"], kept.problem, kept.in_use()) == (4, None, set())
+    assert (kept.problem, kept.in_use()) == (None, set())
 
 
 def test_finish_tries_again_what_failed(two_slots, drive, tmp_path):
@@ -354,7 +223,7 @@ def test_finish_tries_again_what_failed(two_slots, drive, tmp_path):
     drive.fault = fail(errno.EIO, "write")(None)
     kept.submit(make_checkpoint(tmp_path / "local-3", 3))
     assert kept.finish(5) is False
-    drive.fault = lambda operation, path, data: data
+    drive.fault = no_fault
     assert kept.finish(5) is True
     assert kept.finish(5) is True
     assert steps(kept.folder) == [("slot-0", 3), ("slot-1", 2)]
@@ -374,7 +243,7 @@ def test_another_kind_of_problem_is_told_too_but_each_only_once(two_slots, drive
 def test_a_problem_that_comes_back_after_a_recovery_is_told_again(two_slots, drive, tmp_path):
     kept, lines = two_slots
     for works in (False, True, False):
-        drive.fault = (lambda operation, path, data: data) if works else fail(errno.ENOSPC, "open")(None)
+        drive.fault = no_fault if works else fail(errno.ENOSPC, "open")(None)
         kept.submit(tmp_path / "local-2")
         assert kept.finish(5) is works
     assert len(lines) == 3
@@ -422,7 +291,7 @@ def test_an_unexpected_error_is_told_and_the_thread_lives_on(two_slots, drive, t
     kept.submit(make_checkpoint(tmp_path / "local-3", 3))
     assert kept.finish(5) is False
     assert len(lines) == 1 and "RuntimeError('a mistake of ours')" in lines[0]
-    drive.fault = lambda operation, path, data: data
+    drive.fault = no_fault
     assert kept.finish(5) is True
 
 
@@ -440,36 +309,42 @@ def test_a_report_that_fails_does_not_end_the_thread(tmp_path):
 def test_a_slow_mirror_delays_nothing_but_itself_and_copies_only_the_newest(two_slots, drive, tmp_path, monkeypatch):
     kept, lines = two_slots
     monkeypatch.setattr(mirror, "QUIET_SECONDS", 0.05)
-    asleep, slow = threading.Event(), [True]
-
-    def fault(operation, path, data):
-        if operation == "write" and path.name == WEIGHTS and slow:
-            slow.clear()
-            asleep.set()
-            time.sleep(1)
-        return data
-
-    drive.fault = fault
-    checkpoints = [make_checkpoint(tmp_path / f"local-{step}", step) for step in (3, 4, 5)]
+    answers, checkpoints = drive.hang(WEIGHTS), [make_checkpoint(tmp_path / f"local-{step}", step) for step in (3, 4, 5)]
     for checkpoint in checkpoints:
         start = time.perf_counter()
         kept.submit(checkpoint)
         assert time.perf_counter() - start < 0.05
-        assert asleep.wait(5)
+        assert drive.hangs.wait(5)
     assert kept.in_use() == {checkpoints[0], checkpoints[2]}
-    assert kept.finish(0.2) is False
+    answers.set()
     assert kept.finish() is True
-    assert [line.removeprefix(f"{kept.folder} ") for line in lines] == [
-        "への保存が終わるのを待っています（最長 0.2 秒）。",
-        f"0.2 秒待ちましたが、{kept.folder} への保存が終わりません。結果はこのマシンにあるので、zip をダウンロードしてください。",
-        "への保存が終わるのを待っています（最長 300 秒）。",
-    ]
+    assert lines in ([], [f"{kept.folder} への保存が終わるのを待っています（最長 300 秒）。"])
     assert steps(kept.folder) == [("slot-1", 5), ("slot-0", 3)]  # never 4
+
+
+def test_a_mirror_that_hangs_is_waited_for_once(two_slots, drive, tmp_path, monkeypatch):
+    kept, lines = two_slots
+    monkeypatch.setattr(mirror, "QUIET_SECONDS", 0.05)
+    answers, last = drive.hang(WEIGHTS), make_checkpoint(tmp_path / "local-3", 3)
+    kept.submit(last)
+    assert kept.finish(0.2) is False and kept.hangs
+    start = time.perf_counter()
+    assert kept.finish() is False and kept.in_use() == {last}
+    assert time.perf_counter() - start < 0.2
+    assert lines == [
+        f"{kept.folder} への保存が終わるのを待っています（最長 0.2 秒）。",
+        f"0.2 秒待ちましたが、{kept.folder} への保存が終わりません。結果はこのマシンにあるので、zip をダウンロードしてください。",
+    ]
+    answers.set()
+    while kept.hangs and time.perf_counter() < start + 5:
+        time.sleep(0.01)
+    assert kept.finish(5) is True and len(lines) == 2
+    assert steps(kept.folder) == [("slot-0", 3), ("slot-1", 2)]
 
 
 def test_nothing_submitted_is_nothing_missing(tmp_path):
     kept = Mirror(tmp_path / "drive")
-    assert (kept.finish(5), kept.saved, kept.problem, kept.in_use()) == (True, None, None, set())
+    assert (kept.finish(5), kept.problem, kept.in_use()) == (True, None, set())
 
 
 # A machine that stops at any moment
@@ -484,6 +359,8 @@ def kill_at(number):
 
     def fault(operation, path, data):
         nonlocal count
+        if operation in ("stat", "read"):  # changes nothing there
+            return data
         if count == number:
             raise Killed
         count += 1
@@ -498,7 +375,7 @@ def test_killed_at_any_operation_one_slot_is_whole_and_the_newest_whole_one_is_f
     folder.mkdir()
     found = []
     for number in range(1000):
-        drive.fault = lambda operation, path, data: data
+        drive.fault = no_fault
         write_slot(first, folder / "slot-0")
         write_slot(second, folder / "slot-1")
         drive.fault = kill_at(number)
@@ -506,7 +383,7 @@ def test_killed_at_any_operation_one_slot_is_whole_and_the_newest_whole_one_is_f
             write_slot(third, folder / "slot-0")
         except Killed:
             found.append(steps(folder))
-            drive.fault = lambda operation, path, data: data
+            drive.fault = no_fault
             again = Mirror(folder)
             again.submit(fourth)
             assert again.finish(5)
@@ -514,8 +391,8 @@ def test_killed_at_any_operation_one_slot_is_whole_and_the_newest_whole_one_is_f
             assert len(steps(folder)) == 2
         else:
             break
-    # mkdir slot; "{}" is open, 2 halves, truncate, fsync; then 3 files, of which each asks for its folders; then the manifest
-    assert len(found) == 1 + 5 + 3 * (1 + 5) + 1 + 5
+    # mkdir slot; "{}" is open, 2 halves, truncate, fsync; then 3 files, of which each asks for its folder; then the manifest
+    assert len(found) == 1 + 5 + 3 * (1 + 5) + 5
     before, during, after = [("slot-1", 2), ("slot-0", 1)], [("slot-1", 2)], [("slot-0", 3), ("slot-1", 2)]
     assert sorted(found, key=[before, during, after].index) == found
     # Still step 1: up to the second operation on "{}" (half of it equals the old manifest's first byte); step 3: its manifest is written.
@@ -524,14 +401,14 @@ def test_killed_at_any_operation_one_slot_is_whole_and_the_newest_whole_one_is_f
 
 def test_killed_while_a_new_slot_is_made_the_other_stays(tmp_path, drive):
     first, second = (make_checkpoint(tmp_path / f"local-{step}", step, size=40) for step in (1, 2))
-    for number in range(len("many") * 7):
+    for number in range(1 + 5 + 3 * (1 + 5) + 3):  # as above, up to the last half of the manifest
         folder = tmp_path / "drive" / str(number)
         folder.mkdir(parents=True)
         write_slot(first, folder / "slot-0")
         drive.fault = kill_at(number)
         with pytest.raises(Killed):
             write_slot(second, folder / "slot-1")
-        drive.fault = lambda operation, path, data: data
+        drive.fault = no_fault
         assert steps(folder) == [("slot-0", 1)]
 
 

@@ -48,13 +48,13 @@ def main() -> None:
     quiet_libraries()
     config = RunConfig(model_name=arguments.model, num_samples=arguments.rows, sft_epochs=0)
     sides = split_rows(generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed)
-    write = mirror._write_in_place
+    write = mirror.write_in_place
 
-    def write_slowly(path, chunks):
+    def write_slowly(path, source):
         time.sleep(arguments.slow)
-        write(path, chunks)
+        write(path, source)
 
-    mirror._write_in_place = write_slowly
+    mirror.write_in_place = write_slowly
     measure(config, sides, True)  # caches and imports
     seconds = {False: [], True: []}
     for _ in range(arguments.rounds):
