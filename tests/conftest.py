@@ -113,6 +113,22 @@ def start_run(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def undisturbed(tiny_models, rows, tmp_path_factory):
+    """The run and the trainer of a tiny training with a warm-up that nothing disturbs, logged at every step, and saved."""
+    from tiny_run import make_config, save, train
+
+    from dpo_helpers.environment import find_machine
+    from dpo_helpers.run import open_run
+
+    run = open_run(make_config(tiny_models, logging_steps=1), tmp_path_factory.mktemp("undisturbed") / "run", find_machine("cpu"))
+    run.use_rows(rows[:32], rows[32:40])
+    trainer = train(run)
+    save(run, trainer)
+    run.close()
+    return run, trainer
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """The folder and metrics of a small real run: embedded model, 150 rows, with a warm-up."""
     from dpo_helpers.__main__ import train

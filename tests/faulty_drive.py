@@ -39,12 +39,12 @@ class Drive:
         monkeypatch.setattr(os, "stat", lambda path, **options: (self.touch("stat", path), stat(path, **options))[1])
         monkeypatch.setattr(os, "fsync", lambda number: self.touch("fsync", self.numbers.get(number, "")))  # and no waiting for a disk
 
-    def hang(self, name):
-        """Let the first write to a file of this name wait for the event that is returned; `hangs` is set while it does."""
+    def hang(self, *names):
+        """Let writes to files of these names wait for the event that is returned; `hangs` is set once one does."""
         answers, self.hangs = threading.Event(), threading.Event()
 
         def fault(operation, path, data):
-            if operation == "write" and path.name == name and not self.hangs.is_set():
+            if operation == "write" and path.name in names:
                 self.hangs.set()
                 answers.wait(60)
             return data

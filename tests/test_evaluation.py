@@ -53,6 +53,28 @@ def test_log_probs_equal_those_of_a_plain_loop(tiny_models):
         assert score == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_out_of_memory_in_any_batch_changes_no_log_prob(tiny_models, monkeypatch, capsys, number):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["gpt2"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["gpt2"])
+    pairs = [("質問: A\n回答:\n", "長い" * count) for count in range(1, 6)]
+    expected, forward, calls = score_answers(model, tokenizer, pairs, 128), model.forward, []
+
+    def fail_once(*arguments, **options):
+        calls.append(None)
+        if len(calls) == number + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", fail_once)
+    assert score_answers(model, tokenizer, pairs, 128, batch_size=2) == pytest.approx(expected, abs=1e-3)
+    assert len(calls) == number + 1 + len(pairs)
+    assert "評価で一度に計算する数を 1 に減らして続けます" in capsys.readouterr().out
+
+
 def test_a_long_answer_is_cut_at_the_end(gpt2_tokenizer):
     whole, prompt_length = encode_answer(gpt2_tokenizer, "質問: A\n回答:\n", "長い" * 50, max_length=1000)
     cut, _ = encode_answer(gpt2_tokenizer, "質問: A\n回答:\n", "長い" * 50, max_length=32)

@@ -31,6 +31,25 @@ def test_a_list_gives_the_answers_of_one_by_one(embedded):
     assert all(together) and not any("質問" in answer or "<|endoftext|>" in answer for answer in together)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_out_of_memory_in_any_batch_gives_the_same_answers_from_smaller_ones(embedded, monkeypatch, capsys, number):
+    import torch
+
+    model, tokenizer = embedded
+    expected, generate, calls = generate_response(model, tokenizer, QUESTIONS), model.generate, []
+
+    def fail_once(input_ids, **options):
+        calls.append(len(input_ids))
+        if len(calls) == number + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", fail_once)
+    assert generate_response(model, tokenizer, QUESTIONS, batch_size=2) == expected
+    assert calls == [[2], [2, 1]][number] + [1, 1, 1]
+    assert "回答の生成で一度に計算する数を 1 に減らして続けます" in capsys.readouterr().out
+
+
 def test_an_empty_list_has_no_answers(embedded):
     assert generate_response(*embedded, []) == []
 

@@ -1,40 +1,22 @@
 """A run that is cut off goes on to the same bytes, at both ends of the version range."""
 
+import itertools
 import json
 import shutil
 import signal
 
 import pytest
 import torch
+from tiny_run import comparable, losses, make_config, train, weights
 
 from dpo_helpers.checkpoints import list_checkpoints
 from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 from dpo_helpers.environment import find_machine
 from dpo_helpers.mirror import find_valid_slots
 from dpo_helpers.run import open_run
-from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
+from dpo_helpers.training import build_dpo_trainer, evaluate_curve_rows
 
 pytestmark = pytest.mark.versions
-NOT_COMPARED = ("runtime", "per_second", "train_loss", "total_flos")
-
-
-def make_config(tiny_models, **changes):
-    values = {"model_name": str(tiny_models["gpt2"]), "learning_rate": 1e-3, "lora_rank": 4, "lora_scale": 4.0, "sft_epochs": 1, "sft_learning_rate": 1e-2, "logging_steps": 3,
-              "checkpoint_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}  # fmt: skip
-    return RunConfig(**{**values, **changes})
-
-
-def train(run):
-    warmed_up = train_sft(run)
-    return train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
-
-
-def comparable(log):
-    return [{key: value for key, value in entry.items() if not key.endswith(NOT_COMPARED)} for entry in log if "train_runtime" not in entry]
 
 
 class Killed(BaseException):
@@ -192,29 +174,82 @@ def out_of_memory(monkeypatch):
     return arm
 
 
+@pytest.fixture
+def out_of_memory_once(monkeypatch):
+    """A function that lets one stage run out of memory in its n-th call of a method of the trainer, once it has computed."""
+
+    def arm(trainer_class, method, stage, number):
+        original, calls = getattr(trainer_class, method), itertools.count()
+
+        def checked(self, *arguments, **options):
+            result = original(self, *arguments, **options)
+            if self.args.output_dir.endswith(stage) and next(calls) == number:
+                raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+            return result
+
+        monkeypatch.setattr(trainer_class, method, checked)
+
+    return arm
+
+
+def assert_same_losses(run, trainer, undisturbed):
+    whole_run, whole = undisturbed
+    for ours, theirs, count in ((run.sft_log, whole_run.sft_log, 8), (trainer.state.log_history, whole.state.log_history, 8)):
+        assert len(losses(ours)) == count and losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+    assert losses(trainer.state.log_history, "eval_loss") == pytest.approx(losses(whole.state.log_history, "eval_loss"), abs=1e-4)
+
+
 @pytest.mark.parametrize(("fits", "from_step"), [(2, 0), (1, 0), (1, 3)])
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(
-    tiny_models, rows, start_run, tmp_path, out_of_memory, capsys, fits, from_step
+    tiny_models, rows, start_run, out_of_memory, capsys, undisturbed, fits, from_step
 ):
-    config = make_config(tiny_models, logging_steps=1)
-    whole_run = start_run(config, rows[:32], rows[32:40], tmp_path / "whole")
-    whole = train(whole_run)
     out_of_memory(fits, from_step=from_step)
-    run = start_run(config, rows[:32], rows[32:40])
+    run = start_run(make_config(tiny_models, logging_steps=1), rows[:32], rows[32:40])
     trainer = train(run)
     assert (run.micro_batch, run.accumulation) == (fits, 4 // fits)
-    for ours, theirs in ((trainer.state.log_history, whole.state.log_history), (run.sft_log, whole_run.sft_log)):
-        losses = [[entry["loss"] for entry in log if "loss" in entry] for log in (ours, theirs)]
-        assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert_same_losses(run, trainer, undisturbed)
     assert "4 から 2 に減らし、ためる回数を 1 から 2 に増やして" in capsys.readouterr().out
 
 
-def test_out_of_memory_in_the_evaluation_halves_that_alone(tiny_models, rows, start_run, out_of_memory, capsys):
+@pytest.mark.parametrize("number", [0, 5, 15], ids=["first", "in the middle of a step", "last"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_out_of_memory_at_any_micro_batch_changes_no_loss(
+    tiny_models, rows, start_run, out_of_memory_once, capsys, undisturbed, stage, number
+):
+    from transformers import Trainer
+
+    out_of_memory_once(Trainer, "training_step", stage, number)
+    config = make_config(tiny_models, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    run = start_run(config, rows[:32], rows[32:40])
+    trainer = train(run)
+    assert (run.micro_batch, run.accumulation, run.eval_batch) == (1, 4, 8)
+    assert run.resumed_at == {0: [], 5: [2], 15: [6]}[number]
+    assert_same_losses(run, trainer, undisturbed)
+    assert (
+        capsys.readouterr().out.count("2 から 1 に減らし、ためる回数を 2 から 4 に増やして続けます。1 回の更新に使うのは 4 組のまま") == 1
+    )
+
+
+@pytest.mark.parametrize("number", [0, 2, 4], ids=["before the first step", "in the middle", "last"])
+def test_out_of_memory_in_any_evaluation_halves_that_alone(tiny_models, rows, start_run, out_of_memory_once, capsys, undisturbed, number):
+    from trl import DPOTrainer
+
+    out_of_memory_once(DPOTrainer, "prediction_step", "dpo", number)
+    run = start_run(make_config(tiny_models, logging_steps=1), rows[:32], rows[32:40])
+    trainer = train(run)
+    assert (run.micro_batch, run.eval_batch) == (4, 4)
+    assert_same_losses(run, trainer, undisturbed)
+    assert capsys.readouterr().out.count("評価で一度に計算する行を 8 から 4 に減らして") == 1
+
+
+def test_out_of_memory_in_the_look_before_training_changes_no_figure(tiny_models, rows, start_run, out_of_memory, capsys):
+    trainer = build_dpo_trainer(start_run(make_config(tiny_models, sft_epochs=0), rows[:8], rows[32:40]))
+    whole = evaluate_curve_rows(trainer)
     out_of_memory(4, fits_evaluation=2)
-    run = start_run(make_config(tiny_models, sft_epochs=0), rows[:8], rows[8:24])
-    train(run)
-    assert (run.micro_batch, run.eval_batch) == (4, 2)
-    assert "評価で一度に計算する行を 4 から 2 に減らして" in capsys.readouterr().out
+    figures = evaluate_curve_rows(trainer)
+    assert all(figures[name] == pytest.approx(whole[name], abs=1e-4) for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"))
+    assert trainer.args.per_device_eval_batch_size == 2
+    assert "評価で一度に計算する数を 2 に減らして" in capsys.readouterr().out
 
 
 def test_out_of_memory_at_one_row_says_what_else_can_be_done(tiny_models, rows, start_run, out_of_memory):
@@ -276,23 +311,6 @@ def test_the_stop_button_leaves_a_checkpoint_plots_and_a_usable_adapter_and_can_
     trainer = train(run)
     assert run.resumed_at == [3]
     assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(whole).items())
-
-
-def test_a_checkpoint_that_cannot_be_renamed_costs_itself_and_not_the_run(tiny_models, rows, start_run, monkeypatch, capsys):
-    from pathlib import Path
-
-    original = Path.rename
-
-    def rename(self, target):
-        if self.name == "checkpoint-2":
-            raise OSError(5, "Input/output error")
-        return original(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    run = start_run(make_config(tiny_models, sft_epochs=0), rows[:16], rows[16:24])
-    train(run)
-    assert "ステップ 2 のチェックポイントを保存できませんでした" in capsys.readouterr().out
-    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["dpo-000004"]
 
 
 def test_what_a_killed_process_left_half_written_costs_no_checkpoint(start_run, embedded_folder, rows, kill_at, monkeypatch, capsys):
