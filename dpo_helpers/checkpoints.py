@@ -38,7 +38,7 @@ def publish_checkpoint(made: Path, root: Path, stage: str, step: int, progress: 
     `base_model` is a folder to carry along: the embedded model, which no other machine could rebuild to the bit.
     """
     if base_model is not None:
-        shutil.copytree(base_model, made / "base_model", copy_function=_link_or_copy)
+        shutil.copytree(base_model, made / "base_model")
     write_json(made / PROGRESS, progress)
     files = {
         path.relative_to(made).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
@@ -47,17 +47,9 @@ def publish_checkpoint(made: Path, root: Path, stage: str, step: int, progress: 
     }
     write_json(made / MANIFEST, {"stage": stage, "step": step, "files": files})
     target = _path_of(root, stage, step)
-    if target.exists():  # only a damaged one can be here: training goes on from the newest good one
-        shutil.rmtree(target)
+    shutil.rmtree(target, ignore_errors=True)  # only a damaged one can be here: training goes on from the newest good one
     made.rename(target)
     return target
-
-
-def _link_or_copy(source, target):
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def _path_of(root: Path, stage: str, step: int) -> Path:
@@ -66,9 +58,7 @@ def _path_of(root: Path, stage: str, step: int) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, newest first, without looking into them."""
-    found = [(order_of({"stage": stage, "step": int(step)}), path) for path in root.glob("*-*")
-             for stage, _, step in [path.name.partition("-")] if stage in STAGES and step.isdigit()]  # fmt: skip
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for stage in reversed(STAGES) for path in sorted(root.glob(f"{stage}-{'[0-9]' * 6}"), reverse=True)]
 
 
 def rotate_checkpoints(root: Path, in_use: set[Path]) -> None:
@@ -91,22 +81,19 @@ def find_newest(root: Path, mirror: Path | None, report=print) -> Checkpoint | N
         report(f"チェックポイント {path.name} は書きかけか壊れているので、その前のものを探します。")
     slots = find_valid_slots(mirror) if mirror else []
     for name in SLOT_NAMES if mirror else ():
-        if (mirror / name / MANIFEST).is_file() and mirror / name not in [slot for slot, _ in slots]:
+        if os.path.isfile(mirror / name / MANIFEST) and mirror / name not in dict(slots):
             report(f"{mirror.name} の {name} は書きかけか壊れているので使いません。")
     for slot, manifest in slots:
         if local and order_of(manifest) <= order_of(local[1]):
             break
         target = _path_of(root, manifest["stage"], manifest["step"])
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
             restore_slot(slot, target)
+            local = target, manifest
+            break
         except OSError as error:
             report(f"{slot.name} のチェックポイントを読み出せませんでした（{error}）。その前のものを探します。")
-            continue
-        local = target, manifest
-        break
     if local is None:
         return None
     path, manifest = local

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from dpo_helpers.checkpoints import Checkpoint, find_newest, publish_checkpoint, rotate_checkpoints
@@ -35,7 +36,8 @@ class Run:
         self.train_rows, self.held_out_rows, self.sft_log = [], [], []
         self.resumed_at, self.resumed_stages = [], []
         self.steps_executed = {"sft": 0, "dpo": 0}  # by this process
-        self._identity, self._announced = {}, set()
+        self._identity = {}
+        self.announce = cache(print)  # a line once: a damaged checkpoint is met again by every look for the newest good one
 
     @property
     def accumulation(self) -> int:
@@ -69,12 +71,6 @@ class Run:
                 f"同じ{text}に戻すか、新しく始めるには RESUME を「最初から」（ターミナルでは --resume never）にしてください。"
             )
         self._identity[what] = digest
-
-    def announce(self, line: str) -> None:
-        """Print a line once: a damaged checkpoint is met again by every look for the newest good one."""
-        if line not in self._announced:
-            self._announced.add(line)
-            print(line)
 
     def newest(self, stage: str | None = None) -> Checkpoint | None:
         """Return this machine's newest good checkpoint, or None where that is of another stage."""
@@ -160,7 +156,8 @@ def open_run(
     if resume not in RESUME_CHOICES.values():
         raise UserError(f"RESUME は「自動」か「最初から」（ターミナルでは auto か never）にしてください（指定：{resume}）。")
     folder, mirror = Path(folder), Path(mirror) if mirror else None
-    _check_mirror(mirror)
+    if mirror:
+        _check_mirror(mirror)
     folder, mirror = _choose_folders(folder, mirror, config, resume)
     if already := _open_runs.get(folder.resolve()):
         already.close()
@@ -186,17 +183,16 @@ def open_run(
     return run
 
 
-def _check_mirror(mirror: Path | None) -> None:
+def _check_mirror(mirror: Path) -> None:
     """Refuse a mirror that gives no answer: it may hold what this run goes on from, and a fresh start would write over that."""
     try:
-        if mirror:
+        with suppress(FileNotFoundError):
             mirror.stat()
-    except FileNotFoundError:
-        pass
     except OSError as error:
         raise UserError(
             f"保存先 {mirror} を読めません（{error.strerror}）。前の続きがあるかもしれないので、まだ始めません。\n"
-            "Google Drive なら、このセルをもう一度実行してつなぎ直してください。使わずに始めるには USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
+            "Google Drive なら、このセルをもう一度実行してつなぎ直してください。"
+            "使わずに始めるには USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
         ) from None
 
 
@@ -223,10 +219,8 @@ def _choose_folders(folder: Path, mirror: Path | None, config: RunConfig, resume
         except UserError:  # cut off while it was written, or garbage from Drive: the checkpoint's own record decides
             return []
 
-    last = 1
-    for root in (folder, mirror) if mirror else (folder,):
-        endings = [path.name.removeprefix(f"{root.name}.") for path in root.parent.glob(f"{root.name}.*")]
-        last = max([last, *(int(ending) for ending in endings if ending.isdigit())])
+    endings = [path.suffix[1:] for root in (folder, mirror) if root for path in root.parent.glob(f"{root.name}.*")]
+    last = max([1, *(int(ending) for ending in endings if ending.isdigit())])
     used = [number for number in range(1, last + 1) if settings(number)]
     if resume == "never":
         number = (used[-1] + 1) if used else 1
