@@ -286,12 +286,10 @@ def test_nan_stops_at_once_and_keeps_what_was_good(tiny_models, rows, start_run,
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_stop_button_leaves_a_checkpoint_plots_and_a_usable_adapter_and_can_go_on(
-    tiny_models, rows, start_run, tmp_path, monkeypatch, stage
+    tiny_models, rows, start_run, monkeypatch, undisturbed, stage
 ):
     from transformers import Trainer
 
-    config = make_config(tiny_models)
-    whole = train(start_run(config, rows[:32], rows[32:40], tmp_path / "whole"))
     original = Trainer.training_step
 
     def training_step(self, *rest, **options):
@@ -301,7 +299,7 @@ def test_the_stop_button_leaves_a_checkpoint_plots_and_a_usable_adapter_and_can_
 
     pressed = []
     monkeypatch.setattr(Trainer, "training_step", training_step)
-    run = start_run(config, rows[:32], rows[32:40])
+    run = start_run(make_config(tiny_models), rows[:32], rows[32:40])
     with pytest.raises(TrainingStopped) as stopped:
         train(run)
     assert (stopped.value.reason, stopped.value.step) == ("interrupted", 3)
@@ -310,7 +308,7 @@ def test_the_stop_button_leaves_a_checkpoint_plots_and_a_usable_adapter_and_can_
     assert (run.folder / "training.png").stat().st_size > 1000 and (run.folder / "adapter_model.safetensors").is_file()
     trainer = train(run)
     assert run.resumed_at == [3]
-    assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(whole).items())
+    assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(undisturbed[1]).items())
 
 
 def test_what_a_killed_process_left_half_written_costs_no_checkpoint(start_run, embedded_folder, rows, kill_at, monkeypatch, capsys):
@@ -351,7 +349,7 @@ def test_the_result_goes_to_the_mirror_even_where_its_checkpoint_did_not(tiny_mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_helpers.mirror._write_in_place", full)
+    monkeypatch.setattr("dpo_helpers.mirror.write_in_place", full)
     run = start_run(make_config(tiny_models, sft_epochs=0), rows[:8], rows[8:16], mirror=tmp_path / "drive")
     trainer = train(run)
     from dpo_helpers.storage import save_model
