@@ -26,6 +26,7 @@ def load_base_model(config: RunConfig):
     Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
     the network is the reason.
     """
+    import httpx
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -34,7 +35,7 @@ def load_base_model(config: RunConfig):
     tokenizer = load_tokenizer(str(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:  # httpx: transformers asks the Hub's converter for safetensors
         advice = UNSAFE_FORMAT.format(name) if "safetensors" in str(error) else f"別のモデルを選んでください。{CHOICES}"
         raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
     for module in model.modules():
