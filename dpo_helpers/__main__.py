@@ -1,9 +1,9 @@
-"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor`."""
+"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor | merge | share`."""
 
 import argparse
 import sys
 
-from dpo_helpers import judge, own_data, quick_fix, verdict
+from dpo_helpers import judge, own_data, quick_fix, sharing, verdict
 from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 
 
@@ -76,6 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
     judge.add_judge_arguments(jobs.add_parser("judge", help="保存した学習の結果を判定する"))
     quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
+    sharing.add_merge_arguments(jobs.add_parser("merge", help="学習したアダプターをベースモデルと一つにする"))
+    sharing.add_share_arguments(jobs.add_parser("share", help="モデルカードを作り、Hugging Face Hub に送る（--push まで何も送らない）"))
     return parser
 
 
@@ -90,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
             return own_data.run_data(arguments)
         if arguments.job == "judge":
             return judge.run_judge(arguments)
+        if arguments.job == "merge":
+            return sharing.run_merge(arguments)
+        if arguments.job == "share":
+            return sharing.run_share(arguments)
         config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
         train(
             config.replace(read_settings(arguments.set), "--set"), arguments.run_dir, arguments.device, arguments.mirror, arguments.resume,

@@ -26,8 +26,8 @@ def load_base_model(config: RunConfig):
     Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
     the network is the reason.
     """
-    import httpx
     import torch
+    from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM
 
     name = config.model_name
@@ -35,7 +35,7 @@ def load_base_model(config: RunConfig):
     tokenizer = load_tokenizer(str(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, httpx.HTTPError) as error:  # httpx: transformers asks the Hub's converter for safetensors
+    except (OSError, ValueError, HTTPError) as error:  # the last: transformers asks the Hub to convert a .bin, and that fails
         advice = UNSAFE_FORMAT.format(name) if "safetensors" in str(error) else f"別のモデルを選んでください。{CHOICES}"
         raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
     for module in model.modules():
