@@ -1,6 +1,8 @@
 """Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor | merge | share`."""
 
 import argparse
+import io
+import os
 import sys
 
 from dpo_helpers import judge, own_data, quick_fix, sharing, verdict
@@ -12,14 +14,17 @@ def train(
 ) -> dict:
     """Run the whole way of the main notebook, without a notebook; return what metrics.json holds.
 
-    A finished run is not repeated: its metrics are returned as they are.
+    A finished run is not repeated: its metrics are returned as they are. Under `accelerate launch` every process calls this,
+    and all but the first are done when the training is: they return {}.
     """
+    from accelerate import PartialState
+
     from dpo_helpers.environment import Stopwatch, describe_machine, find_machine
     from dpo_helpers.evaluation import score_rows
     from dpo_helpers.modeling import load_tokenizer
     from dpo_helpers.monitoring import build_metrics
     from dpo_helpers.preferences import split_rows
-    from dpo_helpers.run import open_run
+    from dpo_helpers.run import open_shared_run
     from dpo_helpers.storage import make_zip, save_run
     from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
@@ -27,17 +32,19 @@ def train(
     with clock("setup"):
         machine = find_machine(device)
         print(describe_machine(machine))
-        run = open_run(config, folder, machine, mirror, resume, clock)
+        run = open_shared_run(config, folder, machine, mirror, resume, clock)
     try:
-        with clock("setup"):
+        with clock("setup"), PartialState().main_process_first():  # the first one makes the embedded model, or downloads
             tokenizer = load_tokenizer(config.model_name, config.seed, config.held_out_fraction)
-        with clock("data"):
+        with clock("data"), PartialState().main_process_first():
             rows = own_data.collect_rows(config, tokenizer, data, on_error, run.folder)
             run.use_rows(*split_rows(rows, config.held_out_fraction, config.seed))
             print(f"学習用 {len(run.train_rows)} 行、評価用 {len(run.held_out_rows)} 行")
         if (metrics := run.read_finished()) is None:
             warmed_up = train_sft(run)
             trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+            if not run.leads:
+                return {}
             with clock("evaluation"):
                 scores = score_rows(trainer.model, tokenizer, run.held_out_rows, config.max_length)
                 measured, _ = judge.evaluate_run(trainer.model, tokenizer, run.held_out_rows, scores, config)
@@ -85,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0 done, 2 a problem that the user can solve (told on standard error), 3 stopped by NaN, 130 stopped
     by Ctrl-C; doctor has its own."""
     arguments = make_parser().parse_args(argv)
+    follows = int(os.environ.get("RANK", "0")) > 0  # one of several processes, and not the first: what it would say has been said
+    if follows:
+        sys.stdout = io.StringIO()
     try:
         if arguments.job == "doctor":
             return quick_fix.run_doctor(arguments)
@@ -102,12 +112,10 @@ def main(argv: list[str] | None = None) -> int:
             arguments.data, arguments.on_error,
         )  # fmt: skip
         return 0
-    except TrainingStopped as stopped:
-        print(f"⚠️ {stopped}", file=sys.stderr)
-        return {"nan": 3, "interrupted": 130}[stopped.reason]
     except UserError as error:
-        print(f"⚠️ {error}", file=sys.stderr)
-        return 2
+        if not follows:
+            print(f"⚠️ {error}", file=sys.stderr)
+        return {"nan": 3, "interrupted": 130}[error.reason] if isinstance(error, TrainingStopped) else 2
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def _shared_arguments(run: Run, stage: str) -> dict:
         "fp16": machine.precision == "fp16",
         "use_cpu": machine.device == "cpu",
         "gradient_checkpointing": False,  # at 128 tokens it costs a forward pass and saves little
+        "ddp_find_unused_parameters": False,  # every adapter weight takes part in every step; else DDP would search for others
         "dataloader_pin_memory": machine.device == "cuda",
         "disable_tqdm": False,  # else quiet_libraries would turn the progress table into lines of raw numbers
     }
@@ -69,11 +70,15 @@ def train_sft(run: Run) -> Path | None:
     adapter, checkpoint = run.checkpoints / "warmed-up", run.newest()
     if checkpoint and checkpoint.stage == "dpo":
         print("教師あり学習は終わっているので、その結果を使います。")
-        shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
+        if run.leads:
+            shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
+        run.wait()
         return adapter
     trainer = train_stage(run, "sft", _build_sft_trainer)
     run.sft_log = trainer.state.log_history
-    trainer.model.save_pretrained(adapter)
+    if run.leads:
+        trainer.model.save_pretrained(adapter)
+    run.wait()
     return adapter
 
 
@@ -129,7 +134,7 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
             eval_strategy="steps",
             eval_steps=config.checkpoint_steps,
             eval_on_start=run.newest("dpo") is None,  # a resumed log has that line already
-            per_device_eval_batch_size=run.eval_batch,
+            per_device_eval_batch_size=max(1, run.eval_batch // run.process_count),  # 40 rows then fill every round, none is doubled
             **_shared_arguments(run, "dpo"),
         ),
         train_dataset=make_dataset(run.train_rows, tokenizer),

@@ -1,0 +1,58 @@
+"""Two processes of `accelerate launch` (gloo on the CPU) give what one gives: the same loss, one log, one checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dpo_helpers.__main__ import train
+from dpo_helpers.config import RunConfig
+
+LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "dpo_helpers"]
+
+
+def launch(config: RunConfig, folder, mirror):
+    """Train in two processes; return the finished launcher and metrics.json."""
+    config.save(folder.with_suffix(".json"))
+    options = ["train", "--config", folder.with_suffix(".json"), "--run-dir", folder, "--mirror", mirror, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCH, *map(str, options)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done, json.loads((folder / "metrics.json").read_text())
+
+
+def steps(folder) -> list[int]:
+    return [entry["step"] for entry in json.loads((folder / "log_history.json").read_text()) if "loss" in entry]
+
+
+@pytest.mark.versions
+def test_two_processes_train_as_one_does_and_resume(tiny_models, tmp_path):
+    one = RunConfig(
+        model_name=str(tiny_models["llama"]), num_samples=60, max_length=256, learning_rate=1e-3, sft_epochs=1, sft_learning_rate=1e-3,
+        checkpoint_steps=5, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    alone = train(one, tmp_path / "one", device="cpu")
+    two = one.replace({"gradient_accumulation_steps": 2})  # 1 pair × 2 rounds × 2 processes: four pairs a step, as alone
+    done, together = launch(two, tmp_path / "two", tmp_path / "mirror")
+
+    assert alone["held_out"]["loss"] != pytest.approx(0.6931, abs=0.005)
+    assert together["held_out"]["loss"] == pytest.approx(alone["held_out"]["loss"], abs=1e-3)
+    assert (together["processes"], together["steps"]) == (2, alone["steps"])
+    assert steps(tmp_path / "two") == steps(tmp_path / "one") and done.stdout.count("評価用の損失") == 1
+    assert json.loads((tmp_path / "mirror" / "metrics.json").read_text()) == together
+    checkpoints = tmp_path / "two" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("dpo-*")) == ["dpo-000010", f"dpo-{alone['steps']:06d}"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads((checkpoints / "dpo-000010" / "manifest.json").read_text())["files"])
+
+    adapter = (tmp_path / "two" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(checkpoints / f"dpo-{alone['steps']:06d}")  # as if it had been cut off after step 10
+    shutil.rmtree(tmp_path / "mirror")
+    (tmp_path / "two" / "metrics.json").unlink()
+    done, resumed = launch(two, tmp_path / "two", tmp_path / "mirror")
+    assert (resumed["resumed_at"], resumed["steps_executed"]) == ([10], {"sft": 0, "dpo": alone["steps"] - 10})
+    assert (tmp_path / "two" / "adapter_model.safetensors").read_bytes() == adapter
+    assert steps(tmp_path / "two") == steps(tmp_path / "one") and done.stdout.count("から再開します") == 1
