@@ -26,14 +26,14 @@ SAME_SHAPE = "同じ形の乱数の重みで"
 MENU = (
     MenuEntry("microsoft/DialoGPT-small", 117, "MIT", "ほぼ英語", tokens_per_character=1.48, tried=f"{SAME_SHAPE}（語彙は本物）"),
     MenuEntry("microsoft/DialoGPT-medium", 345, "MIT", "ほぼ英語", "safetensors への変換が要ることがある", tokens_per_character=1.48),
-    MenuEntry("microsoft/DialoGPT-large", 762, "MIT", "ほぼ英語", "safetensors への変換が要ることがある", tokens_per_character=1.48),
+    MenuEntry("microsoft/DialoGPT-large", 762, "MIT", "ほぼ英語", "safetensors の有無は確かめていない", tokens_per_character=1.48),
     MenuEntry("rinna/japanese-gpt2-small", 110, "MIT", "日本語", "sentencepiece と protobuf が要る", tried="同じ種類のトークナイザーで"),
     MenuEntry("llm-jp/llm-jp-3-150m", 150, "Apache-2.0", "日本語と英語"),
     MenuEntry("llm-jp/llm-jp-3-440m", 440, "Apache-2.0", "日本語と英語"),
     MenuEntry("sbintuitions/sarashina2.2-0.5b", 500, "MIT", "日本語が中心"),
     MenuEntry("sbintuitions/sarashina2.2-0.5b-instruct-v0.1", 500, "MIT", "日本語が中心", "会話用の書式を持つ"),
     MenuEntry("google/gemma-3-270m", 270, "Gemma Terms of Use", "多言語", "語彙が約 26 万", gated=True),
-    MenuEntry("Qwen/Qwen3-0.6B", 600, "Apache-2.0", "多言語", "会話用の書式を持つ"),
+    MenuEntry("Qwen/Qwen3-0.6B", 600, "Apache-2.0", "多言語", "会話用の書式を持ち、考える過程も書く"),
     MenuEntry(
         "HuggingFaceTB/SmolLM2-135M-Instruct", 135, "Apache-2.0", "ほぼ英語", "会話用の書式を持つ", tokens_per_character=1.70,
         tried="本物の重みで（別の配布元のもの、会話用の書式は外して）",

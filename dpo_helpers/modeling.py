@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.environment import Machine
 from dpo_helpers.preferences import generate_preferences, split_rows
+from dpo_helpers.quantization import freeze_quantized, make_quantization
 
 EMBEDDED = "embedded"
 PROBE = "これは日本語の文です。"
@@ -20,28 +22,30 @@ UNSAFE_FORMAT = (
 CHOICES = 'ローカルのフォルダーを MODEL_NAME に書くか、その場で作る小さなモデル MODEL_NAME = "embedded" を選んでください。'
 
 
-def load_base_model(config: RunConfig):
+def load_base_model(config: RunConfig, machine: Machine | None = None):
     """Return (model in float32, tokenizer with a pad token) for a Hub name, a local folder or "embedded".
 
-    Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
+    With `quantization` "4bit" its linear layers are in 4 bits, and frozen, as `machine` can compute them. Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
     the network is the reason.
     """
     import torch
     from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM
 
-    name = config.model_name
+    name, quantization = config.model_name, make_quantization(config, machine)
     folder = make_embedded_model(config.seed, config.held_out_fraction) if name == EMBEDDED else find_model(name)
     tokenizer = load_tokenizer(str(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, quantization_config=quantization
+        )  # fmt: skip
     except (OSError, ValueError, HTTPError) as error:  # the last: transformers asks the Hub to convert a .bin, and that fails
         advice = UNSAFE_FORMAT.format(name) if "safetensors" in str(error) else f"別のモデルを選んでください。{CHOICES}"
         raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # as TRL's DPOTrainer does: 4 x 1 and 1 x 4 then give the same losses in the warm-up as well
-    return model, tokenizer
+    return freeze_quantized(model) if quantization else model, tokenizer
 
 
 def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
@@ -151,8 +155,9 @@ def make_lora_config(config: RunConfig, model):
 
 def count_parameters(model) -> tuple[int, int]:
     """Return (trainable, total) numbers of parameters; a frozen copy of the adapter counts in neither."""
-    own = [(name, parameter) for name, parameter in model.named_parameters() if ".ref." not in name]
-    return sum(p.numel() for _, p in own if p.requires_grad), sum(p.numel() for _, p in own)
+    own = [parameter for name, parameter in model.named_parameters() if ".ref." not in name]
+    packed = {"Params4bit": 2}  # bitsandbytes keeps two weights in a byte
+    return sum(p.numel() for p in own if p.requires_grad), sum(p.numel() * packed.get(type(p).__name__, 1) for p in own)
 
 
 def check_trainable_precision(model) -> None:

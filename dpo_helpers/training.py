@@ -6,6 +6,7 @@ from pathlib import Path
 from dpo_helpers.environment import halve_on_out_of_memory
 from dpo_helpers.modeling import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.preferences import strip_question
+from dpo_helpers.quantization import restore_adapters
 from dpo_helpers.run import Run
 from dpo_helpers.stages import train_stage
 
@@ -87,7 +88,7 @@ def _build_sft_trainer(run: Run):
     from trl import SFTConfig, SFTTrainer
 
     set_seed(run.config.seed)  # before the adapter is made: TRL 0.29 would draw it from wherever the caller's state is
-    base, tokenizer = load_base_model(run.config)
+    base, tokenizer = load_base_model(run.config, run.machine)
     run.use_base(base)
     # SFTTrainer reads `completion` beside a prompt, as text or as messages
     data = make_dataset(run.train_rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
@@ -102,6 +103,8 @@ def _build_sft_trainer(run: Run):
         processing_class=tokenizer,
         peft_config=make_lora_config(run.config, base),
     )
+    if run.config.quantization == "4bit":
+        restore_adapters(trainer.model, None)
     check_trainable_precision(trainer.model)
     return trainer
 
@@ -119,7 +122,7 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
 
     config = run.config
     set_seed(config.seed)  # as in the warm-up
-    model, tokenizer = load_base_model(config)
+    model, tokenizer = load_base_model(config, run.machine)
     run.use_base(model)
     lora = make_lora_config(config, model)
     if warmed_up is not None:
@@ -142,6 +145,8 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
         processing_class=tokenizer,
         peft_config=lora,
     )
+    if config.quantization == "4bit":
+        restore_adapters(trainer.model, warmed_up)
     check_trainable_precision(trainer.model)
     return trainer
 
