@@ -8,6 +8,7 @@ from pathlib import Path
 from dpo_helpers.baselines import BASELINE_NAMES
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.storage import load_run
+from dpo_helpers.verdict import LABEL_NAMES
 
 # What is sent of a folder: weights, tokenizer and figures. Rows may be private, and run_config.json may name a folder of this machine.
 SHARED = (
@@ -59,7 +60,7 @@ def make_model_card(folder, data: str | None = None) -> str:
         f"# {base} を DPO で学習した{'モデル' if merged else ' LoRA アダプター'}\n\n"
         f"ベースモデル {base} を、{_describe_method(config)}で学習しました。"
         "このカードは学習の記録（`run_config.json`、`metrics.json`）から自動で作りました。",
-        f"## 使い方\n\n{_usage(base, merged)}",
+        f"## 使い方\n\n{_usage(config.model_name, merged)}",
         f"## データ\n\n{_describe_data(folder) if data is None else data}",
         f"## 成績（学習に使っていない {metrics['held_out']['rows']} 行）\n\n{_describe_figures(metrics)}",
         _describe_verdict(metrics.get("verdict")),
@@ -153,6 +154,8 @@ def _describe_method(config: RunConfig) -> str:
 
 
 def _usage(base: str, merged: bool) -> str:
+    if not (merged or _is_on_the_hub(base)):
+        return "ベースモデルが公開されていないので、このアダプターだけでは使えません。`python -m dpo_helpers merge` で一つのモデルにしてください。"
     load = ["model = AutoModelForCausalLM.from_pretrained(REPO)"] if merged else [
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), REPO)',
     ]  # fmt: skip
@@ -199,9 +202,11 @@ def _table(headings: tuple, rows: list[tuple]) -> str:
 
 def _describe_figures(metrics: dict) -> str:
     held_out = metrics["held_out"]
+    low, high = held_out.get("accuracy_interval", (None, None))
+    interval = "" if low is None else f"（95 % 区間 {low:.1%}〜{high:.1%}）"
     figures = [
         ("損失（sigmoid。学習前は 0.6931）", f"{held_out['loss']:.4f}"),
-        ("正解率（当てずっぽうなら 50 %）", f"{held_out['accuracy']:.1%}"),
+        ("正解率（当てずっぽうなら 50 %）", f"{held_out['accuracy']:.1%}{interval}"),
         ("マージン", f"{held_out['margin']:.3f}"),
         ("良い回答の対数確率の変化（nat）", f"{held_out['chosen_log_prob_change']:+.2f}"),
         ("悪い回答の対数確率の変化（nat）", f"{held_out['rejected_log_prob_change']:+.2f}"),
@@ -218,7 +223,7 @@ def _describe_figures(metrics: dict) -> str:
 def _describe_verdict(verdict: dict | None) -> str:
     if not verdict:
         return ""
-    return "\n".join([f"## 判定\n\n自動の判定：`{verdict['label']}`\n", *(f"- {reason}" for reason in verdict["reasons"])])
+    return "\n".join([f"## 自動の判定：{LABEL_NAMES[verdict['label']]}\n", *(f"- {reason}" for reason in verdict["reasons"])])
 
 
 def _describe_settings(config: RunConfig, metrics: dict, base: str) -> str:

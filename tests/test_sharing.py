@@ -7,6 +7,7 @@ import pytest
 from dpo_helpers.__main__ import main
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.sharing import make_model_card, merge_adapter, push_to_hub
+from dpo_helpers.verdict import LABEL_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +58,19 @@ def test_the_card_says_what_the_files_say(finished_run, hub_run, merged):
     for figure in (f"{held_out['loss']:.4f}", f"{held_out['accuracy']:.1%}", f"{held_out['rows']} 行", "| `lora_scale` | 2.0 |"):
         assert figure in card
     assert f"自動生成した行です。学習 {150 - held_out['rows']} 行、評価 {held_out['rows']} 行（両方にある質問：0）" in card
-    assert "判定" not in card and "## 限界" in card
+    assert f"## 自動の判定：{LABEL_NAMES[finished_run[1]['verdict']['label']]}\n" in card and "## 限界" in card
     of_merged = (merged / "README.md").read_text()
     assert "library_name: transformers" in of_merged and "PeftModel" not in of_merged and "base_model:" not in of_merged
     assert f"学習 {150 - held_out['rows']} 行" in of_merged
 
 
-def test_the_card_names_a_verdict_and_other_peoples_rows(hub_run):
+def test_the_card_of_an_older_run_has_no_verdict_and_does_not_show_other_peoples_rows(hub_run):
     metrics = json.loads((hub_run / "metrics.json").read_text())
-    verdict = {"label": "overfitted", "reasons": ["評価の損失が学習の損失より 0.64 大きい"], "next_step": ""}
-    (hub_run / "metrics.json").write_text(json.dumps(metrics | {"verdict": verdict}))
+    del metrics["verdict"], metrics["held_out"]["accuracy_interval"]
+    (hub_run / "metrics.json").write_text(json.dumps(metrics))
     (hub_run / "train.jsonl").write_text(json.dumps({"prompt": "私の質問", "chosen": "良い", "rejected": "悪い"}) + "\n")
     card = make_model_card(hub_run)
-    assert "自動の判定：`overfitted`" in card and verdict["reasons"][0] in card
+    assert "判定" not in card and "区間" not in card
     assert "出どころは、この記録からは分かりません" in card and "私の質問" not in card
 
 
