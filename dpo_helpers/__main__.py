@@ -1,9 +1,11 @@
-"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor`."""
+"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor | merge | share`."""
 
 import argparse
+import io
+import os
 import sys
 
-from dpo_helpers import judge, own_data, quick_fix, verdict
+from dpo_helpers import judge, own_data, quick_fix, sharing, verdict
 from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 
 
@@ -12,14 +14,17 @@ def train(
 ) -> dict:
     """Run the whole way of the main notebook, without a notebook; return what metrics.json holds.
 
-    A finished run is not repeated: its metrics are returned as they are.
+    A finished run is not repeated: its metrics are returned as they are. Under `accelerate launch` every process calls this,
+    and all but the first are done when the training is: they return {}.
     """
+    from accelerate import PartialState
+
     from dpo_helpers.environment import Stopwatch, describe_machine, find_machine
     from dpo_helpers.evaluation import score_rows
     from dpo_helpers.modeling import load_tokenizer
     from dpo_helpers.monitoring import build_metrics
     from dpo_helpers.preferences import split_rows
-    from dpo_helpers.run import open_run
+    from dpo_helpers.run import open_shared_run
     from dpo_helpers.storage import make_zip, save_run
     from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 
@@ -27,17 +32,19 @@ def train(
     with clock("setup"):
         machine = find_machine(device)
         print(describe_machine(machine))
-        run = open_run(config, folder, machine, mirror, resume, clock)
+        run = open_shared_run(config, folder, machine, mirror, resume, clock)
     try:
-        with clock("setup"):
+        with clock("setup"), PartialState().main_process_first():  # the first one makes the embedded model, or downloads
             tokenizer = load_tokenizer(config.model_name, config.seed, config.held_out_fraction)
-        with clock("data"):
+        with clock("data"), PartialState().main_process_first():
             rows = own_data.collect_rows(config, tokenizer, data, on_error, run.folder)
             run.use_rows(*split_rows(rows, config.held_out_fraction, config.seed))
             print(f"学習用 {len(run.train_rows)} 行、評価用 {len(run.held_out_rows)} 行")
         if (metrics := run.read_finished()) is None:
             warmed_up = train_sft(run)
             trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+            if not run.leads:
+                return {}
             with clock("evaluation"):
                 scores = score_rows(trainer.model, tokenizer, run.held_out_rows, config.max_length)
                 measured, _ = judge.evaluate_run(trainer.model, tokenizer, run.held_out_rows, scores, config)
@@ -76,6 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
     judge.add_judge_arguments(jobs.add_parser("judge", help="保存した学習の結果を判定する"))
     quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
+    sharing.add_merge_arguments(jobs.add_parser("merge", help="学習したアダプターをベースモデルと一つにする"))
+    sharing.add_share_arguments(jobs.add_parser("share", help="モデルカードを作り、Hugging Face Hub に送る（--push まで何も送らない）"))
     return parser
 
 
@@ -83,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0 done, 2 a problem that the user can solve (told on standard error), 3 stopped by NaN, 130 stopped
     by Ctrl-C; doctor has its own."""
     arguments = make_parser().parse_args(argv)
+    follows = int(os.environ.get("RANK", "0")) > 0  # one of several processes, and not the first: what it would say has been said
+    if follows:
+        sys.stdout = io.StringIO()
     try:
         if arguments.job == "doctor":
             return quick_fix.run_doctor(arguments)
@@ -90,18 +102,20 @@ def main(argv: list[str] | None = None) -> int:
             return own_data.run_data(arguments)
         if arguments.job == "judge":
             return judge.run_judge(arguments)
+        if arguments.job == "merge":
+            return sharing.run_merge(arguments)
+        if arguments.job == "share":
+            return sharing.run_share(arguments)
         config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
         train(
             config.replace(read_settings(arguments.set), "--set"), arguments.run_dir, arguments.device, arguments.mirror, arguments.resume,
             arguments.data, arguments.on_error,
         )  # fmt: skip
         return 0
-    except TrainingStopped as stopped:
-        print(f"⚠️ {stopped}", file=sys.stderr)
-        return {"nan": 3, "interrupted": 130}[stopped.reason]
     except UserError as error:
-        print(f"⚠️ {error}", file=sys.stderr)
-        return 2
+        if not follows:
+            print(f"⚠️ {error}", file=sys.stderr)
+        return {"nan": 3, "interrupted": 130}[error.reason] if isinstance(error, TrainingStopped) else 2
 
 
 if __name__ == "__main__":

@@ -49,9 +49,11 @@ class KeepCheckpoints(TrainerCallback):
             control.should_log = True  # else the losses since the last log line would be lost to the resumed log
 
     def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
+        self.run.wait()  # every process has its own random state in the checkpoint
+        if self.run.leads:
             made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.run.keep_checkpoint(self.stage, made, state.global_step, state.max_steps)
+        self.run.wait()  # nobody looks for checkpoints while they are renamed and rotated
 
 
 class WatchNumbers(TrainerCallback):

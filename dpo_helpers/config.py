@@ -38,6 +38,9 @@ class RunConfig:
     """
 
     model_name: str = _knob("microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダー、または embedded", None)
+    quantization: str = _knob(
+        "none", "ベースモデルの重みを 4-bit にするか（4bit は NVIDIA の GPU だけ。bitsandbytes を使う）", ("none", "4bit")
+    )
     num_samples: int = _knob(1000, "生成する行数（学習用と評価用の合計）", (30, 50_000))
     held_out_fraction: float = _knob(0.2, "評価用に取り分ける概念の割合", (0.1, 0.5))
     seed: int = _knob(42, "乱数の種", (0, 2**31 - 1))

@@ -1,6 +1,7 @@
 """Says what this machine is (Colab or not, GPU, memory) and which precision it should train in; it changes nothing."""
 
 import gc
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ def find_machine(device: str = "auto") -> Machine:
     memory = psutil.virtual_memory().total
     if chosen != "cuda":
         return Machine(chosen, f"{chosen}（{torch.get_num_threads()} スレッド）", None, None, memory, in_colab())
+    if (count := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:  # the Trainer would multiply the batch by them
+        raise UserError(
+            f"GPU が {count} 枚あります。1 枚だけ使うには環境変数 CUDA_VISIBLE_DEVICES=0 を付けて Python（カーネル）を起動し直してください。"
+            f"全部使うには accelerate launch --multi_gpu --num_processes {count} -m dpo_helpers train … で学習してください。"
+        )
     gpu = torch.cuda.get_device_properties(0)
     return Machine("cuda", gpu.name, (gpu.major, gpu.minor), gpu.total_memory, memory, in_colab())
 

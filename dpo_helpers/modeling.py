@@ -7,32 +7,45 @@ from functools import cache
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.environment import Machine
 from dpo_helpers.preferences import generate_preferences, split_rows
+from dpo_helpers.quantization import freeze_quantized, make_quantization
 
 EMBEDDED = "embedded"
+PROBE = "これは日本語の文です。"
+UNSAFE_FORMAT = (
+    "このモデルは safetensors 形式で置かれていないようです。古い形式（.bin）はファイルの中のコードを実行できるので、読み込みません。"
+    "作者を信頼できるときだけ、次の 2 行で手元のフォルダーに変換し、MODEL_NAME にそのフォルダー名を書いてください（トークナイザーも同じように保存します）。\n"
+    '  AutoModelForCausalLM.from_pretrained("{0}", use_safetensors=False).save_pretrained("converted")\n'
+    '  AutoTokenizer.from_pretrained("{0}").save_pretrained("converted")'
+)
 CHOICES = 'ローカルのフォルダーを MODEL_NAME に書くか、その場で作る小さなモデル MODEL_NAME = "embedded" を選んでください。'
 
 
-def load_base_model(config: RunConfig):
+def load_base_model(config: RunConfig, machine: Machine | None = None):
     """Return (model in float32, tokenizer with a pad token) for a Hub name, a local folder or "embedded".
 
-    Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
+    With `quantization` "4bit" its linear layers are in 4 bits, and frozen, as `machine` can compute them. Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
     the network is the reason.
     """
     import torch
+    from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM
 
-    name = config.model_name
+    name, quantization = config.model_name, make_quantization(config, machine)
     folder = make_embedded_model(config.seed, config.held_out_fraction) if name == EMBEDDED else find_model(name)
     tokenizer = load_tokenizer(str(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"モデル {name} を読み込めません。理由：{error}\n別のモデルを選んでください。{CHOICES}") from error
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, quantization_config=quantization
+        )  # fmt: skip
+    except (OSError, ValueError, HTTPError) as error:  # the last: transformers asks the Hub to convert a .bin, and that fails
+        advice = UNSAFE_FORMAT.format(name) if "safetensors" in str(error) else f"別のモデルを選んでください。{CHOICES}"
+        raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # as TRL's DPOTrainer does: 4 x 1 and 1 x 4 then give the same losses in the warm-up as well
-    return model, tokenizer
+    return freeze_quantized(model) if quantization else model, tokenizer
 
 
 def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
@@ -46,13 +59,33 @@ def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
         folder = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"トークナイザー {name} を読み込めません。理由：{error}\n別のモデルを選んでください。{CHOICES}") from error
+    except (OSError, ValueError, ImportError) as error:  # SentencePiece's files need two packages more than the others
+        missing = "pip install sentencepiece protobuf を実行してから、もう一度試してください。"
+        advice = missing if isinstance(error, ImportError) else f"別のモデルを選んでください。{CHOICES}"
+        raise UserError(f"トークナイザー {name} を読み込めません。理由：{error}\n{advice}") from error
     if tokenizer.eos_token is None:
         raise UserError(f"モデル {name} のトークナイザーに終端記号（EOS）がありません。別のモデルを選んでください。{CHOICES}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    ids = tokenizer(PROBE)["input_ids"]
+    if PROBE not in (read := tokenizer.decode(ids)):
+        raise UserError(
+            f"モデル {name} のトークナイザーは日本語を表せません（「{PROBE}」が「{read}」になります）。"
+            f"モデルに合わないトークナイザーが入っているか、英語だけのモデルです。別のモデルを選んでください。{CHOICES}"
+        )
+    return _end_no_text(tokenizer, ids) if ids[-1] == tokenizer.eos_token_id else tokenizer
+
+
+def _end_no_text(tokenizer, ids: list[int]):
+    """Return a tokenizer that does not end every text with EOS (T5's way, and so rinna's): an answer would begin after the end."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    start = [tokenizer.bos_token] if ids[0] == tokenizer.bos_token_id else []
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=[*start, "$A"], special_tokens=[(token, tokenizer.bos_token_id) for token in start])
+    # of the general class, because the model's own one would put EOS back when the run's folder is loaded
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **tokenizer.special_tokens_map)
 
 
 def find_model(name: str) -> str:
@@ -76,7 +109,12 @@ def find_model(name: str) -> str:
         hf_hub_download(name, "config.json")
     except GatedRepoError:
         raise UserError(
-            f"モデル {name} は利用の申請が必要です。Hugging Face のページで申請し、huggingface_hub の login() を済ませてください。"
+            f"モデル {name} は、利用の条件に同意した人だけが使えます。次の順に進めてから、もう一度実行してください。\n"
+            f"1. Hugging Face にログインし、https://huggingface.co/{name} のページで条件を読んで同意する\n"
+            "2. https://huggingface.co/settings/tokens で Read の権限のトークンを作る\n"
+            "3. Colab では、左の鍵の印（シークレット）に HF_TOKEN の名前で入れて「ノートブックからのアクセス」をオンにする。"
+            "ほかでは hf auth login を実行する\n"
+            f"すぐに試すなら、申請のいらないモデルを選んでください。{CHOICES}"
         ) from None
     except (RepositoryNotFoundError, ValueError):
         raise UserError(f"モデル {name} が Hugging Face Hub に見つかりません。名前のつづりを確かめてください。{CHOICES}") from None
@@ -94,10 +132,13 @@ def find_model(name: str) -> str:
 def make_lora_config(config: RunConfig, model):
     """Describe the adapter. GPT-2's Conv1D layers keep their weight as (in, out), which PEFT calls fan_in_fan_out."""
     from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
     from transformers.pytorch_utils import Conv1D
 
     targets = {"all-linear": "all-linear", "default": None}
     names = [name.strip() for name in config.lora_targets.split(",")]
+    if config.lora_targets == "default" and model.config.model_type not in DEFAULT_TARGETS:
+        raise UserError(f"PEFT は {model.config.model_type} 型の既定の層を知りません。LORA_TARGETS は all-linear を選んでください。")
     if config.lora_targets not in targets:
         present = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
         if absent := [name for name in names if name not in present]:
@@ -114,8 +155,9 @@ def make_lora_config(config: RunConfig, model):
 
 def count_parameters(model) -> tuple[int, int]:
     """Return (trainable, total) numbers of parameters; a frozen copy of the adapter counts in neither."""
-    own = [(name, parameter) for name, parameter in model.named_parameters() if ".ref." not in name]
-    return sum(p.numel() for _, p in own if p.requires_grad), sum(p.numel() for _, p in own)
+    own = [parameter for name, parameter in model.named_parameters() if ".ref." not in name]
+    packed = {"Params4bit": 2}  # bitsandbytes keeps two weights in a byte
+    return sum(p.numel() for p in own if p.requires_grad), sum(p.numel() * packed.get(type(p).__name__, 1) for p in own)
 
 
 def check_trainable_precision(model) -> None:

@@ -38,7 +38,7 @@ def build_metrics(run, trainer) -> dict:
 
     trainable, total = count_parameters(trainer.model)
     seconds, steps = run.clock.seconds, trainer.state.global_step
-    pairs = min(steps * run.config.effective_batch_size, round(len(run.train_rows) * run.config.num_train_epochs))
+    pairs = min(steps * run.config.effective_batch_size * run.process_count, round(len(run.train_rows) * run.config.num_train_epochs))
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     return {
         **summarize_training(trainer.state.log_history),
@@ -53,6 +53,7 @@ def build_metrics(run, trainer) -> dict:
         "seconds": {phase: seconds.get(phase, 0.0) for phase in ("setup", "data", "sft", "training", "evaluation", "saving")},
         "peak_memory_bytes": measure_peak_memory(run.machine.device),
         "device": run.machine.name,
+        "processes": run.process_count,
         "precision": run.machine.precision,
         "versions": {name: version(name) for name in packages},
     }

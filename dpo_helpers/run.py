@@ -36,8 +36,16 @@ class Run:
         self.train_rows, self.held_out_rows, self.sft_log = [], [], []
         self.resumed_at, self.resumed_stages = [], []
         self.steps_executed = {"sft": 0, "dpo": 0}  # by this process
+        self.process_count, self.leads = 1, True  # under `accelerate launch` one process leads: it alone locks, writes and mirrors
         self._identity = {}
         self.announce = cache(print)  # a line once: a damaged checkpoint is met again by every look for the newest good one
+
+    def wait(self) -> None:
+        """Wait for the run's other processes, if it has any."""
+        if self.process_count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
 
     @property
     def accumulation(self) -> int:
@@ -194,6 +202,26 @@ def _check_mirror(mirror: Path) -> None:
             "Google Drive なら、このセルをもう一度実行してつなぎ直してください。"
             "使わずに始めるには USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
         ) from None
+
+
+def open_shared_run(config: RunConfig, folder, machine: Machine, mirror, resume: str, clock: Stopwatch) -> Run:
+    """Open the run once for all processes of `accelerate launch`: the first does what open_run does, the others join it."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    processes = PartialState(cpu=machine.device == "cpu")
+    run = open_run(config, folder, machine, mirror, resume, clock) if processes.is_main_process else None
+    if processes.num_processes == 1:
+        return run
+    (chosen,) = broadcast_object_list([run and run.folder])  # a fresh start has another folder than was asked for
+    if run is None:
+        run = Run(config, chosen, machine, None, clock)
+        if checkpoint := run.newest():
+            run.go_on_from(checkpoint)
+    run.process_count, run.leads = processes.num_processes, processes.is_main_process
+    pairs = config.effective_batch_size * run.process_count
+    print(f"{run.process_count} 個のプロセスで学習します。1 回の更新に使うのは、合わせて {pairs} 組です。")
+    return run
 
 
 def _refuse(where, different: list[str]) -> UserError:

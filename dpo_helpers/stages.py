@@ -76,8 +76,10 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
         run.resumed_at.append(checkpoint.step)
         run.resumed_stages.append(stage)
         print(f"ステップ {checkpoint.step} / {checkpoint.progress['max_steps']} から再開します。")
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # a half-written checkpoint of a killed process would mix with ours
-    view = LiveView(stage, run.config.effective_batch_size, run.machine.device)
+    if run.leads:  # a half-written checkpoint of a killed process would mix with ours
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    run.wait()
+    view = LiveView(stage, run.config.effective_batch_size * run.process_count, run.machine.device)
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # the view stands in its place
     run.clock.carried = checkpoint.progress["seconds"] if checkpoint else {}
     for callback in (
@@ -97,10 +99,15 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
 
 def shrink_batches(run: Run, in_evaluation: bool) -> None:
     """Halve what is computed at once, without changing the pairs per optimizer step, or say what else can be done."""
-    if in_evaluation and run.eval_batch > 1:
+    if in_evaluation and run.eval_batch > 1 and run.process_count == 1:
         print(f"メモリーが足りないので、評価で一度に計算する行を {run.eval_batch} から {run.eval_batch // 2} に減らして続けます。")
         run.eval_batch //= 2
         return
+    if run.process_count > 1:
+        raise UserError(
+            "メモリーが足りません。複数のプロセスでは、自動で減らすことができません。--set per_device_train_batch_size を小さくし、"
+            "その分 --set gradient_accumulation_steps を大きくして、別の --run-dir で実行してください（1 なら、もっと小さいモデルを）。"
+        )
     if run.micro_batch == 1 or in_evaluation:
         raise UserError(
             "一度に計算する組を 1 まで減らしても、メモリーが足りません。次のどれかを試してください。\n"
@@ -120,7 +127,8 @@ def _stop(run: Run, stage: str, trainer, reason: str, step: int) -> TrainingStop
     """Save the adapter, the log and the plots so far, and describe in Japanese what happened and how to go on."""
     metrics = {**build_metrics(run, trainer), "stopped": {"reason": reason, "step": step, "stage": stage}}
     metrics["verdict"] = judge(metrics, [] if stage == "sft" else trainer.state.log_history)
-    save_stopped(run, stage, trainer, metrics)
+    if run.leads:
+        save_stopped(run, stage, trainer, metrics)
     if run.mirror:
         run.mirror.finish()
     checkpoint = run.newest()

@@ -6,6 +6,7 @@ from pathlib import Path
 from dpo_helpers.environment import halve_on_out_of_memory
 from dpo_helpers.modeling import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.preferences import strip_question
+from dpo_helpers.quantization import restore_adapters
 from dpo_helpers.run import Run
 from dpo_helpers.stages import train_stage
 
@@ -52,6 +53,7 @@ def _shared_arguments(run: Run, stage: str) -> dict:
         "fp16": machine.precision == "fp16",
         "use_cpu": machine.device == "cpu",
         "gradient_checkpointing": False,  # at 128 tokens it costs a forward pass and saves little
+        "ddp_find_unused_parameters": False,  # every adapter weight takes part in every step; else DDP would search for others
         "dataloader_pin_memory": machine.device == "cuda",
         "disable_tqdm": False,  # else quiet_libraries would turn the progress table into lines of raw numbers
     }
@@ -69,11 +71,15 @@ def train_sft(run: Run) -> Path | None:
     adapter, checkpoint = run.checkpoints / "warmed-up", run.newest()
     if checkpoint and checkpoint.stage == "dpo":
         print("教師あり学習は終わっているので、その結果を使います。")
-        shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
+        if run.leads:
+            shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
+        run.wait()
         return adapter
     trainer = train_stage(run, "sft", _build_sft_trainer)
     run.sft_log = trainer.state.log_history
-    trainer.model.save_pretrained(adapter)
+    if run.leads:
+        trainer.model.save_pretrained(adapter)
+    run.wait()
     return adapter
 
 
@@ -82,7 +88,7 @@ def _build_sft_trainer(run: Run):
     from trl import SFTConfig, SFTTrainer
 
     set_seed(run.config.seed)  # before the adapter is made: TRL 0.29 would draw it from wherever the caller's state is
-    base, tokenizer = load_base_model(run.config)
+    base, tokenizer = load_base_model(run.config, run.machine)
     run.use_base(base)
     # SFTTrainer reads `completion` beside a prompt, as text or as messages
     data = make_dataset(run.train_rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
@@ -97,6 +103,8 @@ def _build_sft_trainer(run: Run):
         processing_class=tokenizer,
         peft_config=make_lora_config(run.config, base),
     )
+    if run.config.quantization == "4bit":
+        restore_adapters(trainer.model, None)
     check_trainable_precision(trainer.model)
     return trainer
 
@@ -114,7 +122,7 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
 
     config = run.config
     set_seed(config.seed)  # as in the warm-up
-    model, tokenizer = load_base_model(config)
+    model, tokenizer = load_base_model(config, run.machine)
     run.use_base(model)
     lora = make_lora_config(config, model)
     if warmed_up is not None:
@@ -129,7 +137,7 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
             eval_strategy="steps",
             eval_steps=config.checkpoint_steps,
             eval_on_start=run.newest("dpo") is None,  # a resumed log has that line already
-            per_device_eval_batch_size=run.eval_batch,
+            per_device_eval_batch_size=max(1, run.eval_batch // run.process_count),  # 40 rows then fill every round, none is doubled
             **_shared_arguments(run, "dpo"),
         ),
         train_dataset=make_dataset(run.train_rows, tokenizer),
@@ -137,6 +145,8 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
         processing_class=tokenizer,
         peft_config=lora,
     )
+    if config.quantization == "4bit":
+        restore_adapters(trainer.model, warmed_up)
     check_trainable_precision(trainer.model)
     return trainer
 

@@ -32,6 +32,15 @@ def test_an_unknown_device_lists_the_known_ones():
         find_machine("tpu")
 
 
+def test_several_gpus_in_one_process_are_refused_because_they_would_multiply_the_batch(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"(?s)GPU が 2 枚.*CUDA_VISIBLE_DEVICES=0.*--num_processes 2"):
+        find_machine()
+
+
 def test_this_machine_is_described():
     text = describe_machine(find_machine("cpu"))
     assert "Colab 以外" in text and "fp32" in text and "GPU がない" in text

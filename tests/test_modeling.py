@@ -30,8 +30,11 @@ def test_a_gated_model_says_where_to_ask_for_it(monkeypatch):
         raise GatedRepoError.__new__(GatedRepoError)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(UserError, match="申請"):
+    with pytest.raises(UserError, match="条件に同意") as error:
         find_model("google/gemma-3-270m")
+    assert all(
+        word in str(error.value) for word in ("https://huggingface.co/google/gemma-3-270m", "settings/tokens", "シークレット", "HF_TOKEN")
+    )
 
 
 def test_an_impossible_name_is_a_wrong_name():
