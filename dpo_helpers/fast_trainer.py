@@ -136,8 +136,8 @@ class FastDPOTrainer(DPOTrainer):
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
-        if eval_dataset is None:
-            self.eval_dataset = self._add_references(self.eval_dataset)
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            eval_dataset = self.eval_dataset = self._add_references(self.eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
