@@ -6,8 +6,9 @@ EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb")
 	print(*(item for name in sys.argv[1:] for item in extras[name]), sep="\n")
 DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
+SHAPE_MODEL = outputs/models/dialogpt-shape
 
-.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments test-browser lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view data-report real-run real-run-1000 real-run-300 verdict-runs clean
+.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments test-browser lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view bench bench-colab bench-generate gpu-check data-report real-run real-run-1000 real-run-300 verdict-runs clean
 
 demo: .venv/.installed
 	rm -rf $(DEMO)
@@ -71,6 +72,25 @@ bench-live-view: .venv/.installed
 
 bench-data: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_data.py
+
+$(SHAPE_MODEL)/config.json: | .venv/.installed
+	.venv/bin/python tools/build_dialogpt_shape.py $(SHAPE_MODEL)
+
+# DPO's speed: the seed's way, the fastest stock TRL of both environments, and ours, alternating; about half an hour each.
+bench: .venv/.installed .venv-colab/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/bench.py $(SHAPE_MODEL) outputs/bench.json --other .venv-colab/bin/python
+
+bench-colab: .venv/.installed .venv-colab/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv-colab/bin/python tools/bench.py $(SHAPE_MODEL) outputs/bench-colab.json --other .venv/bin/python
+
+# 32 questions in one call against one by one: for the speed in DialoGPT's shape, for equal answers on a trained model.
+bench-generate: .venv/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/bench_generate.py $(SHAPE_MODEL) outputs/bench-generate/dialogpt-shape.json
+	PYTHONPATH=. .venv/bin/python tools/bench_generate.py embedded outputs/bench-generate/embedded.json
+
+# Trains, measures and checks the precision where CUDA is there; says so where it is not.
+gpu-check: .venv/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/gpu_check.py $(SHAPE_MODEL)
 
 # What the generated rows look like, and what the finished ones of the two real runs answer.
 FINISHED_RUNS = $(wildcard outputs/real-1000/sft-2/metrics.json outputs/real-1000/sft-0/metrics.json)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Losses that TRL offers from 0.29.1 on and that need nothing but pairs of answers.
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "aot", "apo_zero", "apo_down")
+TRAINERS = ("fast", "stock")
 REPORT_TARGETS = ("none", "tensorboard", "trackio", "wandb")
 
 
@@ -45,12 +46,13 @@ class RunConfig:
     held_out_fraction: float = _knob(0.2, "評価用に取り分ける概念の割合", (0.1, 0.5))
     seed: int = _knob(42, "乱数の種", (0, 2**31 - 1))
     num_train_epochs: float = _knob(1.0, "DPO のエポック数", (0.01, 100.0))
-    per_device_train_batch_size: int = _knob(1, "一度に計算する組の数（減らすとメモリーが減る）", (1, 256))
+    per_device_train_batch_size: int = _knob(1, "一度に計算する組の数（trainer が fast なら、まとめられるだけ自動で増やす）", (1, 256))
     gradient_accumulation_steps: int = _knob(4, "何回分の勾配をためて更新するか（メモリーには影響しない）", (1, 1024))
     learning_rate: float = _knob(5e-6, "DPO の学習率", (1e-9, 1.0))
     max_length: int = _knob(128, "質問と回答を合わせた長さの上限（トークン）", (16, 8192))
     beta: float = _knob(0.1, "参照モデルから離れにくくする強さ（大きいほど離れない）", (0.001, 10.0))
     loss_type: str = _knob("sigmoid", "DPO の損失の種類", LOSS_TYPES)
+    trainer: str = _knob("fast", "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid のとき）、stock は TRL のまま", TRAINERS)
     lora_rank: int = _knob(16, "LoRA のランク r", (1, 1024))
     lora_scale: float = _knob(16.0, "LoRA の倍率 alpha / r（学習率と並ぶ、効き目の強さ）", (0.01, 1024.0))
     lora_targets: str = _knob("all-linear", "LoRA を付ける層。all-linear、default（PEFT の既定）、またはコンマ区切りの層名", None)
@@ -87,6 +89,11 @@ class RunConfig:
     def effective_batch_size(self) -> int:
         """Pairs per optimizer step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def trains_fast(self) -> bool:
+        """The fast trainer computes the sigmoid loss alone; another loss takes TRL's own path."""
+        return self.trainer == "fast" and self.loss_type == "sigmoid"
 
     @property
     def lora_alpha(self) -> float:

@@ -23,10 +23,11 @@ def encode_answer(tokenizer, prompt: str, answer: str, max_length: int) -> tuple
 def score_answers(model, tokenizer, pairs: list[tuple[str, str]], max_length: int, batch_size: int = 16) -> list[float]:
     """Return log p(answer | prompt) in nats, summed over the answer's tokens and EOS, for each (prompt, answer)."""
     encoded = [encode_answer(tokenizer, prompt, answer, max_length) for prompt, answer in pairs]
-    return halve_on_out_of_memory(lambda size: _score_encoded(model, tokenizer, encoded, size), batch_size, "評価")
+    return halve_on_out_of_memory(lambda size: score_encoded(model, tokenizer, encoded, size), batch_size, "評価")
 
 
-def _score_encoded(model, tokenizer, encoded: list[tuple[list[int], int]], batch_size: int) -> list[float]:
+def score_encoded(model, tokenizer, encoded: list[tuple[list[int], int]], batch_size: int) -> list[float]:
+    """Return log p(answer | prompt) for each (token ids of both, number of prompt tokens)."""
     import torch
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # like lengths together: less padding

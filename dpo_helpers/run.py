@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_helpers.checkpoints import Checkpoint, find_newest, publish_checkpoint, rotate_checkpoints
 from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.environment import Machine, Stopwatch
+from dpo_helpers.environment import Machine, Stopwatch, choose_micro_batch
 from dpo_helpers.files import copy_file
 from dpo_helpers.mirror import Mirror
 from dpo_helpers.run_lock import RunLock
@@ -32,7 +32,7 @@ class Run:
         self.checkpoints = folder / CHECKPOINTS
         self.lock = RunLock([folder, *([mirror_folder] if mirror_folder else [])])
         self.mirror = Mirror(mirror_folder) if mirror_folder else None
-        self.micro_batch, self.eval_batch = config.per_device_train_batch_size, 8
+        self.micro_batch, self.eval_batch = choose_micro_batch(config, machine.device), 8
         self.train_rows, self.held_out_rows, self.sft_log = [], [], []
         self.resumed_at, self.resumed_stages = [], []
         self.steps_executed = {"sft": 0, "dpo": 0}  # by this process

@@ -109,6 +109,18 @@ def _build_sft_trainer(run: Run):
     return trainer
 
 
+def choose_trainer(config):
+    """Return the trainer class that the configuration asks for, and say where it cannot be the fast one."""
+    if config.trains_fast:
+        from dpo_helpers.fast_trainer import FastDPOTrainer as DPOTrainer
+    else:
+        from trl import DPOTrainer
+
+        if config.trainer == "fast":
+            print(f"TRAINER の fast は LOSS_TYPE が sigmoid のときだけなので、{config.loss_type} は TRL の標準の計算で学習します。")
+    return DPOTrainer
+
+
 def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
     """Return a DPOTrainer (Rafailov et al. 2023) that trains one LoRA adapter named `default` on a freshly loaded base.
 
@@ -118,7 +130,7 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
     """
     from peft import PeftModel
     from transformers import set_seed
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     config = run.config
     set_seed(config.seed)  # as in the warm-up
@@ -127,7 +139,7 @@ def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
     lora = make_lora_config(config, model)
     if warmed_up is not None:
         model, lora = PeftModel.from_pretrained(model, warmed_up, is_trainable=True), None
-    trainer = DPOTrainer(
+    trainer = choose_trainer(config)(
         model=model,
         args=DPOConfig(
             num_train_epochs=config.num_train_epochs,

@@ -1,0 +1,187 @@
+"""A DPOTrainer that reaches TRL's losses with less arithmetic; data, batches, optimizer and log stay TRL's own.
+
+Of a pair it computes the prompt once instead of twice, no padding, and the output head (50,257 columns in DialoGPT) only
+where a token of an answer is predicted. Imported only by the functions that train, because it needs TRL at once.
+"""
+
+import inspect
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers.activations import NewGELUActivation
+from trl import DPOTrainer
+
+from dpo_helpers.environment import PACK_TOKENS
+from dpo_helpers.evaluation import SIDES, score_encoded, use_stage
+
+SAME_LOG_PROB = 0.01  # nats a token: half precision stays below, a mask or a position that a model ignores does not
+
+
+class Pack(NamedTuple):
+    """Pairs that lie end to end in one row; token i of their answers is `targets[i]`, of sequence `owners[i]` (chosen first)."""
+
+    model_inputs: dict  # input_ids, position_ids (1, tokens); attention_mask (1, 1, tokens, tokens); logits_to_keep (answer tokens,)
+    targets: torch.Tensor
+    owners: torch.Tensor
+    pairs: int
+
+
+def pack_pairs(input_ids, attention_mask, completion_mask) -> Pack:
+    """Turn TRL's padded batch (2 * pairs, tokens), chosen rows first, into one row of prompt, chosen and rejected tokens.
+
+    A rejected row loses its prompt: the answer looks at the chosen row's instead. The last token of a row predicts nothing.
+    """
+    pairs = len(input_ids) // 2
+    answers, predicted = completion_mask[:, :-1].bool(), completion_mask[:, 1:].bool()
+    kept = attention_mask[:, 1:].bool()
+    kept[pairs:] &= answers[pairs:]
+    row, position = kept.nonzero(as_tuple=True)
+    pair, side, is_prompt = row % pairs, row // pairs, ~answers[kept]
+    visible = (pair[:, None] == pair) & (position[:, None] >= position) & (is_prompt | (side[:, None] == side))
+    place = kept.flatten().cumsum(0).view_as(kept) - 1
+    place[pairs:] = torch.where(kept[pairs:], place[pairs:], place[:pairs])  # the prompt's last token predicts both answers
+    model_inputs = {
+        "input_ids": input_ids[:, :-1][kept][None],
+        "attention_mask": torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)[None, None],
+        "position_ids": position[None],
+        "logits_to_keep": place[predicted],
+    }
+    return Pack(model_inputs, input_ids[:, 1:][predicted], predicted.nonzero()[:, 0], pairs)
+
+
+def split_batch(inputs: dict, max_length: int, pack_tokens: int):
+    """Cut TRL's padded batch to `max_length`, as TRL does, and yield it a pack of whole pairs at a time."""
+    columns = [inputs[name][:, :max_length] for name in ("input_ids", "attention_mask", "completion_mask")]
+    pairs, tokens = len(columns[0]) // 2, columns[0].shape[1]
+    for picked in torch.arange(pairs).split(max(1, pack_tokens // (2 * tokens))):
+        yield pack_pairs(*(column[torch.cat([picked, picked + pairs])] for column in columns))
+
+
+def score_pack(model, pack: Pack):
+    """Return the answers' log-probs (2, pairs) and, for the log, the sums over each side's tokens (2, 4).
+
+    The sums count tokens, entropy, mean logit, and tokens that were the likeliest.
+    """
+    logits = model(**pack.model_inputs, use_cache=False).logits[0]  # (answer tokens, vocabulary)
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    of_tokens = log_probs.gather(1, pack.targets[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -torch.einsum("tv,tv->t", log_probs.exp(), log_probs)
+        likeliest = logits.argmax(-1) == pack.targets
+        figures = torch.stack([torch.ones_like(entropy), entropy, logits.mean(-1).float(), likeliest.float()], dim=1)
+        sums = figures.new_zeros(2, 4).index_add(0, pack.owners // pack.pairs, figures)
+    return of_tokens.new_zeros(2 * pack.pairs).index_add(0, pack.owners, of_tokens).view(2, -1), sums
+
+
+def use_fused_gelu(model) -> None:
+    """Put PyTorch's one-kernel tanh GELU in the place of GPT-2's, which is the same formula in nine steps."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+class FastDPOTrainer(DPOTrainer):
+    """TRL's trainer for the loss `sigmoid` and a PeftModel; `is_exact` is False where the model needs the stock computation."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.measured = {True: defaultdict(list), False: defaultdict(list)}  # in training, in evaluation
+        use_fused_gelu(self.model)
+        self.is_exact = self._agrees_with_stock()
+        if not self.is_exact:
+            print("このモデルでは速い計算の結果が標準の計算と一致しないので、TRL の標準の計算で学習します（時間は長くなります）。")
+
+    def _agrees_with_stock(self) -> bool:
+        """Compare the log-probs of the two longest rows with those of an ordinary forward pass."""
+        if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(self.model.get_base_model().forward).parameters):
+            return False
+        data = self.train_dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)])
+        rows = sorted(data, key=lambda row: sum(map(len, row.values())))[-2:]
+        whole = [
+            ((row["prompt_ids"] + row[f"{side}_ids"])[: self.args.max_length], len(row["prompt_ids"])) for side in SIDES for row in rows
+        ]
+        expected = score_encoded(self.model, self.processing_class, whole, len(whole))
+        with torch.no_grad():
+            found = self._score(self.model, self.data_collator(rows))[0].flatten().tolist()
+        return all(abs(a - b) < SAME_LOG_PROB * len(ids) for a, b, (ids, _) in zip(found, expected, whole, strict=True))
+
+    def _score(self, model, inputs):
+        device = self.accelerator.device
+        inputs = {name: column.to(device) for name, column in inputs.items()}
+        packs = split_batch(inputs, self.args.max_length, PACK_TOKENS[device.type])
+        scores, sums = zip(*(score_pack(model, pack) for pack in packs), strict=True)
+        return torch.cat(scores, dim=1), sum(sums)
+
+    def _score_reference(self, inputs):
+        with torch.no_grad(), self.accelerator.autocast(), use_stage(self.accelerator.unwrap_model(self.model), "reference"):
+            return self._score(self.model, inputs)[0]
+
+    def _add_references(self, dataset):
+        """Return the rows with TRL's own columns of reference log-probs: what is read again need not be computed again."""
+        if not self.is_exact or "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        size = self.args.per_device_eval_batch_size
+        batches = [[dataset[i] for i in range(start, min(start + size, len(dataset)))] for start in range(0, len(dataset), size)]
+        scores = torch.cat([self._score_reference(self.data_collator(batch)) for batch in batches], dim=1).tolist()
+        for side, column in zip(SIDES, scores, strict=True):
+            dataset = dataset.add_column(f"ref_{side}_logps", column)
+        return dataset
+
+    def get_train_dataloader(self):
+        if self.args.num_train_epochs > 1:
+            self.train_dataset = self._add_references(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            eval_dataset = self.eval_dataset = self._add_references(self.eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """-log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), the mean over pairs (Rafailov et al. 2023, eq. 7)."""
+        if not self.is_exact or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "ref_chosen_logps" in inputs:
+            reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            reference = self._score_reference(inputs)
+        policy, sums = self._score(model, inputs)
+        rewards = self.args.beta * (policy - reference)  # (2, pairs)
+        margins = rewards[0] - rewards[1]
+        self._measure(inputs, policy.detach(), rewards.detach(), sums)
+        return -F.logsigmoid(margins).mean()
+
+    def _measure(self, inputs, policy, rewards, sums) -> None:
+        """Note for the log what TRL notes, under its names."""
+        tokens, entropy, logit, likeliest = sums.T
+        tokens = tokens.clamp(min=1)  # rows that were cut before their answers
+        figures = {
+            "entropy": entropy.sum() / tokens.sum(),
+            "logits/chosen": logit[0] / tokens[0],
+            "logits/rejected": logit[1] / tokens[1],
+            "mean_token_accuracy": likeliest[0] / tokens[0],
+            "rewards/chosen": rewards[0].mean(),
+            "rewards/rejected": rewards[1].mean(),
+            "rewards/accuracies": (rewards[0] > rewards[1]).float().mean(),
+            "rewards/margins": (rewards[0] - rewards[1]).mean(),
+            "logps/chosen": policy[0].mean(),
+            "logps/rejected": policy[1].mean(),
+        }
+        # one gathering and one wait for the device
+        values = self.accelerator.gather(torch.stack(list(figures.values()))).view(-1, len(figures)).mean(0)
+        measured = self.measured[self.model.training]
+        for name, value in zip(figures, values.tolist(), strict=True):
+            measured[name].append(value)
+        if self.model.training:
+            self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+        measured["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs, start_time=None):
+        measured = self.measured[self.model.training]
+        prefix = "" if self.model.training else "eval_"
+        logs.update({prefix + name: sum(values) / len(values) for name, values in measured.items()})
+        measured.clear()
+        super().log(logs, start_time)
