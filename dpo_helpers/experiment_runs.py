@@ -111,10 +111,6 @@ class Workshop:
         self._base_name, self._base, self._tokenizer, self._shared = None, None, None, {}
         self._folder = tempfile.TemporaryDirectory(prefix="dpo_experiments_")
 
-    def close(self) -> None:
-        self._base, self._shared = None, {}
-        self._folder.cleanup()
-
     def measure(self, config: RunConfig, variation: Variation) -> dict:
         """Train one setting and return its metrics; raises callbacks.BrokenNumbers where the gradients become NaN or infinite."""
         from dpo_helpers.environment import Stopwatch, clear_memory

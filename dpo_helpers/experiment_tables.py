@@ -67,6 +67,10 @@ def list_settings(outcomes: list[tuple]) -> list[dict]:
     return [dict(setting) for setting in dict.fromkeys(experiment.setting for experiment, _ in outcomes)]
 
 
+def name_setting(setting: dict) -> str:
+    return "、".join(f"{name}={value}" for name, value in setting.items()) or "共通の設定"
+
+
 COLUMNS = {
     "評価の損失": "held_out.loss", "正解率": "held_out.accuracy", "対数比の差（nat）": "held_out.log_ratio", "参照からの距離": "distance",
     "終わる回答": "answers.ends", "繰り返す回答": "answers.repetition", "distinct-2": "answers.distinct_2", "秒": "seconds.training",
@@ -79,7 +83,7 @@ def summarize_outcomes(outcomes: list[tuple], columns: dict | None = None) -> li
     for setting in list_settings(outcomes):
         mine = [record for experiment, record in outcomes if dict(experiment.setting) == setting]
         bad = [f"{record['status']}：{record['reason']}" for record in mine if record["status"] != "ok"]
-        line = {"設定": "、".join(f"{name}={value}" for name, value in setting.items()) or "共通の設定", "回数": len(mine) - len(bad)}
+        line = {"設定": name_setting(setting), "回数": len(mine) - len(bad)}
         for heading, metric in (columns or COLUMNS).items():
             values = list(collect_values(outcomes, setting, metric).values())
             line[heading] = str(estimate(values)) if values else "－"
@@ -96,11 +100,13 @@ class Claim(NamedTuple):
     metric: str
     direction: str  # "lower" or "higher"
     text: str
+    first_metric: str = ""  # where the first one is measured by another metric
 
 
 def check_claim(claim: Claim, outcomes: list[tuple]) -> tuple[str, Estimate | None]:
     """Return ("yes" | "no" | "unclear" | "absent", the difference paired by seed); "yes" and "no" need an interval without zero."""
-    difference = compare_by_seed(*(collect_values(outcomes, side, claim.metric) for side in (claim.first, claim.second)))
+    first = collect_values(outcomes, claim.first, claim.first_metric or claim.metric)
+    difference = compare_by_seed(first, collect_values(outcomes, claim.second, claim.metric))
     if difference is None:
         return "absent", None
     if difference.direction == "unclear":
@@ -121,8 +127,19 @@ def describe_claims(claims, outcomes: list[tuple]) -> list[dict]:
     return table
 
 
-def recommend(outcomes: list[tuple], metric: str = "held_out.loss", worst_repetition: float = 0.2) -> tuple[dict, str] | None:
-    """Return (setting, reason) of the lowest mean held-out loss among those that never broke, or None if all did.
+def collect_answers(outcomes: list[tuple]) -> list[dict]:
+    """Return what each setting answers to the same questions (of the first seed), as rows of a Japanese table."""
+    table = {}
+    for experiment, record in outcomes:
+        name = name_setting(dict(experiment.setting))
+        for shown in record["metrics"].get("shown", []):
+            table.setdefault(shown["question"], {}).setdefault(name, shown["answer"])
+    names = [name_setting(setting) for setting in list_settings(outcomes)]
+    return [{"質問": question, **{name: answers.get(name, "－") for name in names}} for question, answers in table.items()]
+
+
+def recommend(outcomes: list[tuple], worst_repetition: float = 0.2) -> tuple[dict, str]:
+    """Return (setting, reason) of the lowest mean held-out loss, at one beta for all, among those that never broke.
 
     Broken: NaN, a failure, or more answers that repeat themselves than `worst_repetition`. Low loss alone would pick a
     model that has stopped to speak.
@@ -131,14 +148,14 @@ def recommend(outcomes: list[tuple], metric: str = "held_out.loss", worst_repeti
     for setting in list_settings(outcomes):
         mine = [record for experiment, record in outcomes if dict(experiment.setting) == setting]
         repetition = collect_values(outcomes, setting, "answers.repetition").values()
-        values = list(collect_values(outcomes, setting, metric).values())
-        if len(values) == len(mine) and statistics.fmean(repetition) <= worst_repetition:
+        values = list(collect_values(outcomes, setting, "held_out.default_beta_loss").values())
+        if len(values) == len(mine) == len(repetition) and statistics.fmean(repetition) <= worst_repetition:
             candidates.append((estimate(values), setting))
     if not candidates:
-        return None
+        return {}, "どの設定も値か回答が壊れたので、選べません。学習率か倍率を下げて試してください。"
     best, setting = min(candidates, key=lambda item: item[0].mean)
     left = len(list_settings(outcomes)) - len(candidates)
-    reason = f"評価の損失が {best} で、比べた {left + len(candidates)} 通りのうち最も低い設定です"
+    reason = f"評価の損失（β を {RunConfig().beta} にそろえたもの）が {best} で、比べた {left + len(candidates)} 通りのうち最も低い設定です"
     return setting, reason + (f"（値や回答が壊れた {left} 通りは除きました）。" if left else "。")
 
 

@@ -4,12 +4,13 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 from dpo_helpers.experiment_results import SCHEMA, Results, identify
-from dpo_helpers.experiment_runs import VARIATION_NAMES, Variation
+from dpo_helpers.experiment_runs import VARIATION_NAMES, Variation, Workshop
 from dpo_helpers.storage import hash_file
 
 KNOBS = tuple(item.name for item in fields(RunConfig))
@@ -23,26 +24,35 @@ class Experiment:
     config: RunConfig
     variation: Variation
 
-    @property
+    @cached_property
     def identity(self) -> str:
         return identify(self.config, asdict(self.variation), find_base(self.config), hash_rows(self.config, self.variation))
 
 
 def find_base(config: RunConfig) -> str:
     """Name the base model; that of the embedded one changes with whatever decides its weights."""
-    from dpo_helpers.run import find_own_base
+    return _find_base(config.model_name, config.seed, config.held_out_fraction)
 
-    folder = find_own_base(config)
-    return folder.name if folder else config.model_name
+
+@cache
+def _find_base(name: str, seed: int, held_out_fraction: float) -> str:
+    from dpo_helpers.modeling import EMBEDDED, find_embedded_folder
+
+    return find_embedded_folder(seed, held_out_fraction, name).name if name in EMBEDDED else name
 
 
 def hash_rows(config: RunConfig, variation: Variation) -> str:
     """Name the rows by what they are made from: a file's content, or the generated rows before anything is done to them."""
-    from dpo_helpers.preferences import generate_preferences
-
     if variation.data_file:
         return hash_file(variation.data_file)[:16]
-    rows = generate_preferences(config.num_samples, config.seed, config.held_out_fraction)
+    return _hash_generated(config.num_samples, config.seed, config.held_out_fraction)
+
+
+@cache
+def _hash_generated(*settings) -> str:
+    from dpo_helpers.preferences import generate_preferences
+
+    rows = generate_preferences(*settings)
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -71,21 +81,18 @@ def make_plan(settings: dict | list[dict], common: dict | None = None, seeds: li
     return plan
 
 
-def run_plan(plan: list[Experiment], results: Results, machine, retry_failed: bool = False, answers: int = 20) -> list[tuple]:
-    """Run what has no result yet; return (experiment, record) of the whole plan, in its order.
+def run_plan(plan: list[Experiment], results: Results, workshop, retry_failed: bool = False) -> list[tuple]:
+    """Run in the workshop what has no result yet; return (experiment, record) of the whole plan, in its order.
 
     A run that fails or meets NaN is a record with a reason and is not repeated, unless `retry_failed` (a failure only).
     Raises TrainingStopped for the stop button; every result so far is on disk.
     """
     from tqdm.auto import tqdm
 
-    from dpo_helpers.experiment_runs import Workshop
-
     wanted = {experiment.identity: experiment for experiment in plan}
     missing = [name for name in wanted if name not in results.records or (retry_failed and results.records[name]["status"] == "failed")]
     print(f"{len(wanted)} 個の設定のうち、{len(wanted) - len(missing)} 個は結果があります。残りの {len(missing)} 個を実行します。")
     missing.sort(key=lambda name: wanted[name].config.model_name)  # one base at a time
-    workshop = Workshop(machine, answers)
     try:
         for name in tqdm(missing, desc="実験", unit="回", disable=not missing):
             results.append(_run_one(wanted[name], name, workshop))
@@ -97,7 +104,6 @@ def run_plan(plan: list[Experiment], results: Results, machine, retry_failed: bo
             done,
         ) from None
     finally:
-        workshop.close()
         results.close()
     return [(experiment, results.records[experiment.identity]) for experiment in plan]
 
@@ -171,7 +177,7 @@ def run_experiment(arguments) -> int:
     plan = load_grid(arguments.grid)
     results = Results(arguments.results, arguments.mirror)
     quiet_libraries()
-    outcomes = run_plan(plan, results, find_machine(arguments.device), arguments.retry_failed)
+    outcomes = run_plan(plan, results, Workshop(find_machine(arguments.device)), arguments.retry_failed)
     for line in summarize_outcomes(outcomes):
         print("、".join(f"{name} {value}" for name, value in line.items()))
     return int(any(record["status"] == "failed" for _, record in outcomes))
