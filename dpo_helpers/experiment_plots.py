@@ -10,7 +10,7 @@ LABELS = {
     "held_out.loss": "評価の損失", "held_out.accuracy": "評価の正解率", "held_out.log_ratio": "対数比の差（nat）",
     "easy_held_out.accuracy": "簡単な評価データの正解率", "distance": "参照モデルからの距離（nat／トークン）",
     "answers.ends": "最後まで書けた回答の割合", "answers.repetition": "繰り返しのある回答の割合", "answers.distinct_2": "distinct-2",
-    "seconds.training": "学習の時間（秒）", "memory_bytes": "メモリー（バイト）", "learning_rate": "学習率", "lora_scale": "LoRA の倍率 alpha / r",
+    "seconds.training": "学習の時間（秒）", "memory_gb": "メモリー（GB）", "learning_rate": "学習率", "lora_scale": "LoRA の倍率 alpha / r",
     "beta": "β", "loss_type": "損失の種類", "training_rows": "学習用の行", "label_noise": "入れ替えた行の割合", "data": "データ",
     "model_name": "モデル", "sft_epochs": "教師あり学習のエポック数",
 }  # fmt: skip
@@ -54,6 +54,9 @@ def plot_lines(outcomes: list[tuple], x: str, metric: str, by: str | None = None
     axis.set_xlabel(LABELS[x], fontsize=12)
     if log_x:
         axis.set_xscale("log")
+        ticks = sorted({setting[x] for setting in settings})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
     return _finish(figure, axis, metric, legend=by is not None or metric in LEVELS)
 
 
@@ -73,22 +76,26 @@ def plot_bars(outcomes: list[tuple], metrics: list[str]) -> ShownFigure:
             axis.annotate(f"{result.mean:.3g}", (i, max(result.mean, 0)), ha="center", va="bottom", fontsize=10)
         _draw_level(axis, metric)
         axis.set_xticks(range(len(settings)), names, rotation=30, ha="right")
+        axis.set_xlim(-0.6, len(settings) - 0.4)
+        axis.set_axisbelow(True)
+        if metric.endswith("accuracy"):
+            axis.set_ylim(0, 1.08)  # the same in every panel
         _finish(figure, axis, metric, legend=False)
     return figure
 
 
-def plot_frontier(outcomes: list[tuple], name: str = "beta") -> ShownFigure:
-    """Draw the log-ratio margin against the distance from the reference, a point for each value of one setting."""
+def plot_frontier(outcomes: list[tuple]) -> ShownFigure:
+    """Draw the log-ratio margin against the distance from the reference, a point for each beta."""
     figure = make_figure()
     axis = figure.subplots()
     points = []
     for setting in list_settings(outcomes):
         far, wide = _mean(outcomes, setting, "distance"), _mean(outcomes, setting, "held_out.log_ratio")
         points.append((far, wide))
-        axis.annotate(f"{name} {setting[name]:g}", (far, wide), xytext=(6, -12), textcoords="offset points", fontsize=11)
+        axis.annotate(f"β {setting['beta']:g}", (far, wide), xytext=(6, -12), textcoords="offset points", fontsize=11)
     axis.plot(*zip(*points, strict=True), "o-", color=BLUE)
     axis.set_xlabel(LABELS["distance"], fontsize=12)
-    axis.margins(x=0.15)
+    axis.margins(x=0.15, y=0.12)
     return _finish(figure, axis, "held_out.log_ratio", legend=False)
 
 
@@ -101,8 +108,9 @@ def _draw_points(axis, outcomes, settings: list[dict], xs: list, metric: str, co
     found = [
         (x, estimate(list(values.values()))) for x, s in zip(xs, settings, strict=True) if (values := collect_values(outcomes, s, metric))
     ]
+    yerr = [e.half_width for _, e in found] if all(e.half_width is not None for _, e in found) else None
     axis.errorbar(
-        [x for x, _ in found], [e.mean for _, e in found], yerr=[e.half_width or 0 for _, e in found], fmt=style, color=colour,
+        [x for x, _ in found], [e.mean for _, e in found], yerr=yerr, fmt=style, color=colour,
         capsize=4, label=label,
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ class Workshop:
             "steps": trainer.state.global_step,
             "training_rows": len(shared.tokens),
             "parameters": sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" not in name),
-            "memory_bytes": self._measure_memory(),
+            "memory_gb": round(self._measure_memory() / 1e9, 3),
             "seconds": dict(clock.seconds),
         }
         trainer.accelerator.free_memory()

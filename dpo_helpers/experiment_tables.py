@@ -138,7 +138,7 @@ def collect_answers(outcomes: list[tuple]) -> list[dict]:
     return [{"質問": question, **{name: answers.get(name, "－") for name in names}} for question, answers in table.items()]
 
 
-def recommend(outcomes: list[tuple], worst_repetition: float = 0.2) -> tuple[dict, str]:
+def recommend(outcomes: list[tuple], worst_repetition: float = 0.15) -> tuple[dict, str]:
     """Return (setting, reason) of the lowest mean held-out loss, at one beta for all, among those that never broke.
 
     Broken: NaN, a failure, or more answers that repeat themselves than `worst_repetition`. Low loss alone would pick a
@@ -156,7 +156,9 @@ def recommend(outcomes: list[tuple], worst_repetition: float = 0.2) -> tuple[dic
     best, setting = min(candidates, key=lambda item: item[0].mean)
     left = len(list_settings(outcomes)) - len(candidates)
     reason = f"評価の損失（β を {RunConfig().beta} にそろえたもの）が {best} で、比べた {left + len(candidates)} 通りのうち最も低い設定です"
-    return setting, reason + (f"（値や回答が壊れた {left} 通りは除きました）。" if left else "。")
+    return setting, reason + (
+        f"（値が壊れた、または繰り返す回答が {worst_repetition:.0%} を超えた {left} 通りは除きました）。" if left else "。"
+    )
 
 
 def make_recommended_config(common: dict, *settings: dict) -> RunConfig:
