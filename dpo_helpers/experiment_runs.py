@@ -118,6 +118,8 @@ class Workshop:
         from dpo_helpers.training import make_dpo_trainer
 
         clock = Stopwatch()
+        with clock("setup"):
+            self.use_base(config)
         with clock("shared"):
             shared = self.prepare(config, variation)
         trainer = make_dpo_trainer(
@@ -143,8 +145,8 @@ class Workshop:
         clear_memory()
         return metrics
 
-    def prepare(self, config: RunConfig, variation: Variation) -> Shared:
-        """Return what this run shares with others, computed unless an earlier run needed the same."""
+    def use_base(self, config: RunConfig) -> None:
+        """Load this run's base model, and let go of another one, unless it is loaded already."""
         from dpo_helpers.modeling import load_base_model
         from dpo_helpers.run import find_own_base
 
@@ -153,6 +155,9 @@ class Workshop:
             self._base, self._shared, self._base_name = None, {}, None
             base, self._tokenizer = load_base_model(config)
             self._base, self._base_name = base.to(self.machine.device).requires_grad_(False), name
+
+    def prepare(self, config: RunConfig, variation: Variation) -> Shared:
+        """Return what this run shares with others on the same base, computed unless an earlier run needed the same."""
         defaults = RunConfig().as_dict()
         unread = DPO_KNOBS + (ADAPTER_KNOBS if config.sft_epochs == 0 else ())
         common = config.replace({knob: defaults[knob] for knob in unread})
