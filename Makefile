@@ -8,7 +8,7 @@ DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 SHAPE_MODEL = outputs/models/dialogpt-shape
 
-.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments test-browser lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view bench bench-colab bench-generate gpu-check data-report real-run real-run-1000 real-run-300 verdict-runs clean
+.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments test-browser lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view bench-sweep sweep-memory experiments experiments-full bench bench-colab bench-generate gpu-check data-report real-run real-run-1000 real-run-300 verdict-runs clean
 
 demo: .venv/.installed
 	rm -rf $(DEMO)
@@ -25,10 +25,26 @@ demo-again: .venv/.installed
 demo-killed: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/kill_notebook.py $(DEMO) outputs/demo-killed
 
+# Every section of the experiment notebook in its smallest form: that it runs, not what it finds.
 demo-experiment: .venv/.installed
 	mkdir -p $(DEMO)
 	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(DEMO)/dpo_training_experiment.ipynb \
-		--cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
+		-f tests/experiment_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
+
+# Every section as a reader gets it (one seed, 200 rows); run again and only what is missing runs.
+EXPERIMENTS = outputs/experiments
+experiments: .venv/.installed
+	mkdir -p $(EXPERIMENTS)
+	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(EXPERIMENTS)/dpo_training_experiment.ipynb \
+		--cwd $(EXPERIMENTS) -k python3 --execution-timeout 900 --no-progress-bar
+
+# All rows and three seeds: the results behind the notebook's prose, which tests/test_experiment_claims.py checks.
+FULL_RESULTS = tests/fixtures/experiments/results.jsonl
+experiments-full: .venv/.installed
+	mkdir -p $(EXPERIMENTS)/full $(dir $(FULL_RESULTS))
+	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(EXPERIMENTS)/full/dpo_training_experiment.ipynb \
+		-f tests/experiment_full.yaml -p RESULTS $(CURDIR)/$(FULL_RESULTS) --cwd $(EXPERIMENTS)/full -k python3 --no-progress-bar
+	.venv/bin/python -m pytest tests/test_experiment_claims.py
 
 test: .venv/.installed lint
 	.venv/bin/python -m pytest
@@ -69,6 +85,14 @@ bench-checkpoints: .venv/.installed
 
 bench-live-view: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_live_view.py outputs/bench_live_view.json
+
+# Eight settings on the shape of DialoGPT (a folder with its config, tokenizer and any weights), against eight main runs.
+SWEEP_MODEL = outputs/models/dialogpt-shape
+bench-sweep: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/bench_sweep.py $(SWEEP_MODEL) outputs/bench-sweep.json
+
+sweep-memory: .venv/.installed
+	PYTHONPATH=. .venv/bin/python tools/check_sweep_memory.py
 
 bench-data: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_data.py

@@ -1,11 +1,11 @@
-"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | data | judge | doctor | merge | share`."""
+"""Does the notebooks' jobs from a terminal: `python -m dpo_helpers train | experiment | data | judge | doctor | merge | share`."""
 
 import argparse
 import io
 import os
 import sys
 
-from dpo_helpers import judge, own_data, quick_fix, sharing, verdict
+from dpo_helpers import experiments, judge, own_data, quick_fix, sharing, verdict
 from dpo_helpers.config import RunConfig, TrainingStopped, UserError
 
 
@@ -80,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--data", default="", metavar="FILE", help="自分のデータのファイルか Hub のデータセット名。省くと生成する")
     job.add_argument("--on-error", choices=("raise", "drop"), default="raise", help="データの誤りのある行で止める（raise）か除く（drop）か")
     job.add_argument("--device", default="auto", help="auto, cuda, mps, cpu（既定：auto）")
+    experiments.add_experiment_arguments(jobs.add_parser("experiment", help="設定を比べる実験を行い、結果を 1 行ずつ残す"))
     own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
     judge.add_judge_arguments(jobs.add_parser("judge", help="保存した学習の結果を判定する"))
     quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.job == "doctor":
             return quick_fix.run_doctor(arguments)
+        if arguments.job == "experiment":
+            return experiments.run_experiment(arguments)
         if arguments.job == "data":
             return own_data.run_data(arguments)
         if arguments.job == "judge":

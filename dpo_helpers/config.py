@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 # Losses that TRL offers from 0.29.1 on and that need nothing but pairs of answers.
-LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "aot", "apo_zero", "apo_down")
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "aot", "apo_zero", "apo_down", "sigmoid+sft")
 TRAINERS = ("fast", "stock")
 REPORT_TARGETS = ("none", "tensorboard", "trackio", "wandb")
 

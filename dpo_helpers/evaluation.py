@@ -51,16 +51,18 @@ def score_rows(model, tokenizer, rows: list[dict], max_length: int, batch_size: 
     The reference is the adapter `ref` where the model carries one (a run with a warm-up), else the base without adapter.
     Returns a dict a row: policy_chosen, policy_rejected, reference_chosen, reference_rejected, in nats.
     """
+    both = (score_stage(model, tokenizer, rows, max_length, who, batch_size) for who in ("policy", "reference"))
+    return [policy | reference for policy, reference in zip(*both, strict=True)]
+
+
+def score_stage(model, tokenizer, rows: list[dict], max_length: int, stage: str, batch_size: int = 16) -> list[dict]:
+    """Score both answers of every row as one stage (see use_stage): a dict a row, e.g. policy_chosen, policy_rejected."""
     was_training = model.training
     model.eval()
-    columns = {}
-    for who in ("policy", "reference"):
-        with use_stage(model, who):
-            for side in SIDES:
-                pairs = [(row["prompt"], row[side]) for row in rows]
-                columns[f"{who}_{side}"] = score_answers(model, tokenizer, pairs, max_length, batch_size)
+    with use_stage(model, stage):
+        sides = [score_answers(model, tokenizer, [(row["prompt"], row[side]) for row in rows], max_length, batch_size) for side in SIDES]
     model.train(was_training)
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [{f"{stage}_{side}": score for side, score in zip(SIDES, pair, strict=True)} for pair in zip(*sides, strict=True)]
 
 
 def preference_loss(margin: float) -> float:

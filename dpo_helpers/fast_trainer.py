@@ -14,7 +14,8 @@ from transformers.activations import NewGELUActivation
 from trl import DPOTrainer
 
 from dpo_helpers.environment import PACK_TOKENS
-from dpo_helpers.evaluation import SIDES, score_encoded, use_stage
+from dpo_helpers.evaluation import SIDES, score_encoded
+from dpo_helpers.inference import use_stage
 
 SAME_LOG_PROB = 0.01  # nats a token: half precision stays below, a mask or a position that a model ignores does not
 

@@ -11,7 +11,6 @@ from dpo_helpers.environment import Machine
 from dpo_helpers.preferences import generate_preferences, split_rows
 from dpo_helpers.quantization import freeze_quantized, make_quantization
 
-EMBEDDED = "embedded"
 PROBE = "これは日本語の文です。"
 UNSAFE_FORMAT = (
     "このモデルは safetensors 形式で置かれていないようです。古い形式（.bin）はファイルの中のコードを実行できるので、読み込みません。"
@@ -19,21 +18,28 @@ UNSAFE_FORMAT = (
     '  AutoModelForCausalLM.from_pretrained("{0}", use_safetensors=False).save_pretrained("converted")\n'
     '  AutoTokenizer.from_pretrained("{0}").save_pretrained("converted")'
 )
+# The model that is made on the spot, in three sizes: what each changes in EMBEDDED_RECIPE.
+EMBEDDED = {
+    "embedded-small": {"layers": 1, "width": 64, "heads": 2},
+    "embedded": {},
+    "embedded-large": {"layers": 3, "width": 192, "heads": 6, "peak_rate": 5e-3},
+}
 CHOICES = 'ローカルのフォルダーを MODEL_NAME に書くか、その場で作る小さなモデル MODEL_NAME = "embedded" を選んでください。'
 
 
 def load_base_model(config: RunConfig, machine: Machine | None = None):
     """Return (model in float32, tokenizer with a pad token) for a Hub name, a local folder or "embedded".
 
-    With `quantization` "4bit" its linear layers are in 4 bits, and frozen, as `machine` can compute them. Only safetensors files are opened and no code from a repository is run. Raises UserError where the name, the folder or
-    the network is the reason.
+    With `quantization` "4bit" its linear layers are in 4 bits, and frozen, as `machine` can compute them. Only safetensors
+    files are opened and no code from a repository is run. Raises UserError where the name, the folder or the network is the
+    reason.
     """
     import torch
     from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM
 
     name, quantization = config.model_name, make_quantization(config, machine)
-    folder = make_embedded_model(config.seed, config.held_out_fraction) if name == EMBEDDED else find_model(name)
+    folder = make_embedded_model(config.seed, config.held_out_fraction, name) if name in EMBEDDED else find_model(name)
     tokenizer = load_tokenizer(str(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -53,8 +59,8 @@ def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
-    if name == EMBEDDED:
-        folder = make_embedded_model(seed, held_out_fraction)
+    if name in EMBEDDED:
+        folder = make_embedded_model(seed, held_out_fraction, name)
     elif not folder.is_dir():
         folder = find_model(name)
     try:
@@ -177,10 +183,10 @@ EMBEDDED_RECIPE = {"rows": 12_000, "vocabulary": 900, "layers": 2, "width": 128,
                    "peak_rate": 8e-3, "renamed": 0.4, "unseen": 0.6}  # fmt: skip
 
 
-def find_embedded_folder(seed: int, held_out_fraction: float) -> Path:
+def find_embedded_folder(seed: int, held_out_fraction: float, name: str = "embedded") -> Path:
     """Return where make_embedded_model keeps its result, whether that is there or not."""
-    rows = _embedded_rows(seed, held_out_fraction)
-    key = hashlib.sha256(json.dumps([EMBEDDED_RECIPE, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
+    rows, recipe = _embedded_rows(seed, held_out_fraction), EMBEDDED_RECIPE | EMBEDDED[name]
+    key = hashlib.sha256(json.dumps([recipe, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_helpers" / f"embedded-{key}"
 
 
@@ -190,8 +196,8 @@ def _embedded_rows(seed: int, held_out_fraction: float) -> list[dict]:
     return split_rows(rows, EMBEDDED_RECIPE["unseen"], seed)[0]
 
 
-def make_embedded_model(seed: int, held_out_fraction: float) -> Path:
-    """Train a tiny Japanese GPT-2 (0.6 M parameters) on generated chosen and rejected answers; return its folder.
+def make_embedded_model(seed: int, held_out_fraction: float, name: str = "embedded") -> Path:
+    """Train a tiny Japanese GPT-2 (0.6 M parameters, or a smaller or larger one) on generated answers of both sides; return its folder.
 
     It sees the training side of the split alone, so that held-out concepts stay unseen. In part of the texts the concept
     is replaced by random characters, which teaches it to repeat a name that it never saw. The result is cached under the
@@ -202,7 +208,8 @@ def make_embedded_model(seed: int, held_out_fraction: float) -> Path:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-    folder, recipe, rows = find_embedded_folder(seed, held_out_fraction), EMBEDDED_RECIPE, _embedded_rows(seed, held_out_fraction)
+    folder, recipe = find_embedded_folder(seed, held_out_fraction, name), EMBEDDED_RECIPE | EMBEDDED[name]
+    rows = _embedded_rows(seed, held_out_fraction)
     if folder.is_dir():
         return folder
 

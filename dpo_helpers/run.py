@@ -269,7 +269,8 @@ def find_own_base(config: RunConfig) -> Path | None:
     """Return the folder of the embedded model where the run uses it: its checkpoints carry it along."""
     from dpo_helpers.modeling import EMBEDDED, find_embedded_folder
 
-    return find_embedded_folder(config.seed, config.held_out_fraction) if config.model_name == EMBEDDED else None
+    name = config.model_name
+    return find_embedded_folder(config.seed, config.held_out_fraction, name) if name in EMBEDDED else None
 
 
 def _install_own_base(checkpoint: Checkpoint) -> None:

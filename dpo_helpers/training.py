@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from dpo_helpers.environment import halve_on_out_of_memory
+from dpo_helpers.config import RunConfig
+from dpo_helpers.environment import Machine, halve_on_out_of_memory
 from dpo_helpers.modeling import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.preferences import strip_question
 from dpo_helpers.quantization import restore_adapters
@@ -11,6 +12,8 @@ from dpo_helpers.run import Run
 from dpo_helpers.stages import train_stage
 
 ANSWER_SIDES = ("chosen", "rejected")
+# What these losses need beside their name: TRL's robust loss without smoothing is the sigmoid one, and exo_pair raises.
+LOSS_ARGUMENTS = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 1e-3}}
 
 
 def format_row(row: dict, has_chat_template: bool) -> dict:
@@ -33,14 +36,13 @@ def sample_curve_rows(held_out_rows: list[dict], count: int = 40) -> list[dict]:
     return [held_out_rows[int(i * step)] for i in range(min(count, len(held_out_rows)))]
 
 
-def _shared_arguments(run: Run, stage: str) -> dict:
+def make_shared_arguments(config: RunConfig, machine: Machine, output_dir, micro_batch: int) -> dict:
     """What both stages hand to transformers' TrainingArguments."""
-    config, machine = run.config, run.machine
     return {
-        "output_dir": str(run.checkpoints / f"writing-{stage}"),
+        "output_dir": str(output_dir),
         "seed": config.seed,
-        "per_device_train_batch_size": run.micro_batch,
-        "gradient_accumulation_steps": run.accumulation,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": config.effective_batch_size // micro_batch,
         "max_length": config.max_length,
         "max_grad_norm": config.max_grad_norm,
         "logging_steps": config.logging_steps,
@@ -57,6 +59,10 @@ def _shared_arguments(run: Run, stage: str) -> dict:
         "dataloader_pin_memory": machine.device == "cuda",
         "disable_tqdm": False,  # else quiet_libraries would turn the progress table into lines of raw numbers
     }
+
+
+def _shared_arguments(run: Run, stage: str) -> dict:
+    return make_shared_arguments(run.config, run.machine, run.checkpoints / f"writing-{stage}", run.micro_batch)
 
 
 def train_sft(run: Run) -> Path | None:
@@ -84,26 +90,27 @@ def train_sft(run: Run) -> Path | None:
 
 
 def _build_sft_trainer(run: Run):
+    base, tokenizer = load_base_model(run.config, run.machine)
+    run.use_base(base)
+    return make_sft_trainer(run.config, base, tokenizer, run.train_rows, _shared_arguments(run, "sft"))
+
+
+def make_sft_trainer(config: RunConfig, base, tokenizer, rows: list[dict], arguments: dict):
+    """Return an SFTTrainer that puts a new adapter on `base`; `arguments` go to SFTConfig."""
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    set_seed(run.config.seed)  # before the adapter is made: TRL 0.29 would draw it from wherever the caller's state is
-    base, tokenizer = load_base_model(run.config, run.machine)
-    run.use_base(base)
+    set_seed(config.seed)  # before the adapter is made: TRL 0.29 would draw it from wherever the caller's state is
     # SFTTrainer reads `completion` beside a prompt, as text or as messages
-    data = make_dataset(run.train_rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
+    data = make_dataset(rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
     trainer = SFTTrainer(
         model=base,
-        args=SFTConfig(
-            num_train_epochs=run.config.sft_epochs,
-            learning_rate=run.config.sft_learning_rate,
-            **_shared_arguments(run, "sft"),
-        ),
+        args=SFTConfig(num_train_epochs=config.sft_epochs, learning_rate=config.sft_learning_rate, **arguments),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=make_lora_config(run.config, base),
+        peft_config=make_lora_config(config, base),
     )
-    if run.config.quantization == "4bit":
+    if config.quantization == "4bit":
         restore_adapters(trainer.model, None)
     check_trainable_precision(trainer.model)
     return trainer
@@ -122,40 +129,54 @@ def choose_trainer(config):
 
 
 def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
-    """Return a DPOTrainer (Rafailov et al. 2023) that trains one LoRA adapter named `default` on a freshly loaded base.
+    """Return a DPOTrainer on a freshly loaded base, as make_dpo_trainer says, for the run's rows.
+
+    A sample of the held-out rows is evaluated every `checkpoint_steps` for the plots.
+    """
+    model, tokenizer = load_base_model(run.config, run.machine)
+    run.use_base(model)
+    arguments = {
+        **_shared_arguments(run, "dpo"),
+        "eval_strategy": "steps",
+        "eval_steps": run.config.checkpoint_steps,
+        "eval_on_start": run.newest("dpo") is None,  # a resumed log has that line already
+        "per_device_eval_batch_size": max(1, run.eval_batch // run.process_count),  # 40 rows then fill every round, none is doubled
+    }
+    curve_rows = make_dataset(sample_curve_rows(run.held_out_rows), tokenizer)
+    return make_dpo_trainer(
+        run.config, model, tokenizer, make_dataset(run.train_rows, tokenizer), arguments, warmed_up, eval_dataset=curve_rows
+    )
+
+
+def make_dpo_trainer(config: RunConfig, base, tokenizer, data, arguments: dict, warmed_up: Path | None = None, **options):
+    """Return a DPOTrainer (Rafailov et al. 2023) that trains one LoRA adapter named `default` on `base`.
 
     Without a warm-up the adapter is new, and the base itself is the reference. With the folder of a warmed-up adapter it
-    goes on from there, and TRL keeps a frozen copy named `ref` as the reference. A sample of the held-out rows is
-    evaluated every `checkpoint_steps` for the plots.
+    goes on from there, and TRL keeps a frozen copy named `ref` as the reference. `arguments` go to DPOConfig, `options` to
+    the trainer.
     """
     from peft import PeftModel
     from transformers import set_seed
     from trl import DPOConfig
 
-    config = run.config
     set_seed(config.seed)  # as in the warm-up
-    model, tokenizer = load_base_model(config, run.machine)
-    run.use_base(model)
-    lora = make_lora_config(config, model)
+    model, lora = base, make_lora_config(config, base)
     if warmed_up is not None:
-        model, lora = PeftModel.from_pretrained(model, warmed_up, is_trainable=True), None
+        model, lora = PeftModel.from_pretrained(base, warmed_up, is_trainable=True), None
     trainer = choose_trainer(config)(
         model=model,
         args=DPOConfig(
             num_train_epochs=config.num_train_epochs,
             learning_rate=config.learning_rate,
             beta=config.beta,
-            loss_type=[config.loss_type],
-            eval_strategy="steps",
-            eval_steps=config.checkpoint_steps,
-            eval_on_start=run.newest("dpo") is None,  # a resumed log has that line already
-            per_device_eval_batch_size=max(1, run.eval_batch // run.process_count),  # 40 rows then fill every round, none is doubled
-            **_shared_arguments(run, "dpo"),
+            loss_type=config.loss_type.split("+"),  # TRL adds up the losses of a list
+            **LOSS_ARGUMENTS.get(config.loss_type, {}),
+            **arguments,
         ),
-        train_dataset=make_dataset(run.train_rows, tokenizer),
-        eval_dataset=make_dataset(sample_curve_rows(run.held_out_rows), tokenizer),
+        train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora,
+        **options,
     )
     if config.quantization == "4bit":
         restore_adapters(trainer.model, warmed_up)
