@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dpo_helpers.baselines import BASELINE_NAMES
 from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.storage import load_run
 from dpo_helpers.verdict import LABEL_NAMES
 
 # What is sent of a folder: weights, tokenizer and figures. Rows may be private, and run_config.json may name a folder of this machine.
@@ -23,6 +22,8 @@ def merge_adapter(folder, target) -> Path:
 
     The warmed-up reference, where the run has one, is not part of it.
     """
+    from dpo_helpers.storage import load_run  # here: it needs psutil, which `doctor` must do without
+
     folder, target = Path(folder), Path(target)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"フォルダー {target} は空ではありません。上書きしないように止めました。別の名前を指定してください。")

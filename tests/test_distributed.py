@@ -50,7 +50,7 @@ def test_two_processes_train_as_one_does(two, tmp_path):
     assert alone["held_out"]["loss"] != pytest.approx(0.6931, abs=0.005)
     assert together["held_out"]["loss"] == pytest.approx(alone["held_out"]["loss"], abs=1e-3)
     assert (together["processes"], together["steps"]) == (2, alone["steps"])
-    assert steps(folder / "run") == steps(tmp_path / "run") and done.stdout.count("評価用の損失") == 1
+    assert steps(folder / "run") == steps(tmp_path / "run") and done.stdout.count("。結果：") == 1
     assert json.loads((folder / "mirror" / "metrics.json").read_text()) == together
     checkpoints = folder / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("dpo-*")) == ["dpo-000010", "dpo-000012"]
