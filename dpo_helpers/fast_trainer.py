@@ -16,7 +16,7 @@ from trl import DPOTrainer
 from dpo_helpers.environment import PACK_TOKENS
 from dpo_helpers.evaluation import SIDES, score_encoded, use_stage
 
-SAME_LOG_PROB = 0.01  # nats a token: half precision stays below, a mask or a position that a model ignores does not
+SAME_LOG_PROB = 0.03  # nats a token: half precision stays below, a mask or a position that a model ignores does not
 
 
 class Pack(NamedTuple):
@@ -28,10 +28,11 @@ class Pack(NamedTuple):
     pairs: int
 
 
-def pack_pairs(input_ids, attention_mask, completion_mask) -> Pack:
+def pack_pairs(input_ids, attention_mask, completion_mask, dtype=torch.float32) -> Pack:
     """Turn TRL's padded batch (2 * pairs, tokens), chosen rows first, into one row of prompt, chosen and rejected tokens.
 
     A rejected row loses its prompt: the answer looks at the chosen row's instead. The last token of a row predicts nothing.
+    The mask is added to the attention scores, in the model's `dtype`: a mask of booleans would mean something else to some models.
     """
     pairs = len(input_ids) // 2
     answers, predicted = completion_mask[:, :-1].bool(), completion_mask[:, 1:].bool()
@@ -44,19 +45,19 @@ def pack_pairs(input_ids, attention_mask, completion_mask) -> Pack:
     place[pairs:] = torch.where(kept[pairs:], place[pairs:], place[:pairs])  # the prompt's last token predicts both answers
     model_inputs = {
         "input_ids": input_ids[:, :-1][kept][None],
-        "attention_mask": torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)[None, None],
+        "attention_mask": torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)[None, None],
         "position_ids": position[None],
         "logits_to_keep": place[predicted],
     }
     return Pack(model_inputs, input_ids[:, 1:][predicted], predicted.nonzero()[:, 0], pairs)
 
 
-def split_batch(inputs: dict, max_length: int, pack_tokens: int):
+def split_batch(inputs: dict, max_length: int, pack_tokens: int, dtype):
     """Cut TRL's padded batch to `max_length`, as TRL does, and yield it a pack of whole pairs at a time."""
     columns = [inputs[name][:, :max_length] for name in ("input_ids", "attention_mask", "completion_mask")]
     pairs, tokens = len(columns[0]) // 2, columns[0].shape[1]
     for picked in torch.arange(pairs).split(max(1, pack_tokens // (2 * tokens))):
-        yield pack_pairs(*(column[torch.cat([picked, picked + pairs])] for column in columns))
+        yield pack_pairs(*(column[torch.cat([picked, picked + pairs])] for column in columns), dtype)
 
 
 def score_pack(model, pack: Pack):
@@ -92,10 +93,12 @@ class FastDPOTrainer(DPOTrainer):
         use_fused_gelu(self.model)
         self.is_exact = self._agrees_with_stock()
         if not self.is_exact:
-            print("このモデルでは速い計算の結果が標準の計算と一致しないので、TRL の標準の計算で学習します（時間は長くなります）。")
+            print("速い計算はこのモデルでは使えない（標準の計算と一致しない）ので、TRL の標準の計算で学習します。時間は長くなります。")
 
     def _agrees_with_stock(self) -> bool:
-        """Compare the log-probs of the two longest rows with those of an ordinary forward pass."""
+        """Compare the log-probs of the two longest rows with those of an ordinary forward pass; a sharded model is not tried."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
         if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(self.model.get_base_model().forward).parameters):
             return False
         data = self.train_dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)])
@@ -111,7 +114,7 @@ class FastDPOTrainer(DPOTrainer):
     def _score(self, model, inputs):
         device = self.accelerator.device
         inputs = {name: column.to(device) for name, column in inputs.items()}
-        packs = split_batch(inputs, self.args.max_length, PACK_TOKENS[device.type])
+        packs = split_batch(inputs, self.args.max_length, PACK_TOKENS[device.type], self.model.dtype)
         scores, sums = zip(*(score_pack(model, pack) for pack in packs), strict=True)
         return torch.cat(scores, dim=1), sum(sums)
 
