@@ -60,20 +60,21 @@ def split_batch(inputs: dict, max_length: int, pack_tokens: int, dtype):
         yield pack_pairs(*(column[torch.cat([picked, picked + pairs])] for column in columns), dtype)
 
 
-def score_pack(model, pack: Pack):
-    """Return the answers' log-probs (2, pairs) and, for the log, the sums over each side's tokens (2, 4).
+def score_pack(model, pack: Pack, sums: list | None = None):
+    """Return the answers' log-probs (2, pairs); for the log, append to `sums` what each side's tokens add up to (2, 4).
 
-    The sums count tokens, entropy, mean logit, and tokens that were the likeliest.
+    These are the number of tokens, their entropy, their mean logit, and how many were the likeliest.
     """
     logits = model(**pack.model_inputs, use_cache=False).logits[0]  # (answer tokens, vocabulary)
     log_probs = F.log_softmax(logits.float(), dim=-1)
     of_tokens = log_probs.gather(1, pack.targets[:, None])[:, 0]
-    with torch.no_grad():
-        entropy = -torch.einsum("tv,tv->t", log_probs.exp(), log_probs)
-        likeliest = logits.argmax(-1) == pack.targets
-        figures = torch.stack([torch.ones_like(entropy), entropy, logits.mean(-1).float(), likeliest.float()], dim=1)
-        sums = figures.new_zeros(2, 4).index_add(0, pack.owners // pack.pairs, figures)
-    return of_tokens.new_zeros(2 * pack.pairs).index_add(0, pack.owners, of_tokens).view(2, -1), sums
+    if sums is not None:
+        with torch.no_grad():
+            entropy = -log_probs.exp().mul_(log_probs).sum(-1)
+            likeliest = of_tokens == log_probs.amax(-1)
+            figures = torch.stack([torch.ones_like(entropy), entropy, logits.mean(-1).float(), likeliest.float()], dim=1)
+            sums.append(figures.new_zeros(2, 4).index_add(0, pack.owners // pack.pairs, figures))
+    return of_tokens.new_zeros(2 * pack.pairs).index_add(0, pack.owners, of_tokens).view(2, -1)
 
 
 def use_fused_gelu(model) -> None:
@@ -108,19 +109,18 @@ class FastDPOTrainer(DPOTrainer):
         ]
         expected = score_encoded(self.model, self.processing_class, whole, len(whole))
         with torch.no_grad():
-            found = self._score(self.model, self.data_collator(rows))[0].flatten().tolist()
+            found = self._score(self.model, self.data_collator(rows)).flatten().tolist()
         return all(abs(a - b) < SAME_LOG_PROB * len(ids) for a, b, (ids, _) in zip(found, expected, whole, strict=True))
 
-    def _score(self, model, inputs):
+    def _score(self, model, inputs, sums: list | None = None):
         device = self.accelerator.device
         inputs = {name: column.to(device) for name, column in inputs.items()}
         packs = split_batch(inputs, self.args.max_length, PACK_TOKENS[device.type], self.model.dtype)
-        scores, sums = zip(*(score_pack(model, pack) for pack in packs), strict=True)
-        return torch.cat(scores, dim=1), sum(sums)
+        return torch.cat([score_pack(model, pack, sums) for pack in packs], dim=1)
 
     def _score_reference(self, inputs):
         with torch.no_grad(), self.accelerator.autocast(), use_stage(self.accelerator.unwrap_model(self.model), "reference"):
-            return self._score(self.model, inputs)[0]
+            return self._score(self.model, inputs)
 
     def _add_references(self, dataset):
         """Return the rows with TRL's own columns of reference log-probs: what is read again need not be computed again."""
@@ -151,10 +151,11 @@ class FastDPOTrainer(DPOTrainer):
             reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
             reference = self._score_reference(inputs)
-        policy, sums = self._score(model, inputs)
+        sums = []
+        policy = self._score(model, inputs, sums)
         rewards = self.args.beta * (policy - reference)  # (2, pairs)
         margins = rewards[0] - rewards[1]
-        self._measure(inputs, policy.detach(), rewards.detach(), sums)
+        self._measure(inputs, policy.detach(), rewards.detach(), sum(sums))
         return -F.logsigmoid(margins).mean()
 
     def _measure(self, inputs, policy, rewards, sums) -> None:

@@ -96,7 +96,7 @@ def test_the_loss_worked_by_hand(tiny_models, rows, build, monkeypatch):
 
     trainer = build(make_config(tiny_models["gpt2"], beta=0.5), rows[:4], rows[4:8])["fast"][0]
     scores = {"policy": torch.tensor([[-2.0, -5.0], [-6.0, -4.0]]), "reference": torch.tensor([[-3.0, -3.0], [-5.0, -5.0]])}
-    monkeypatch.setattr(trainer, "_score", lambda model, inputs: (scores["policy"], torch.ones(2, 4)))
+    monkeypatch.setattr(trainer, "_score", lambda model, inputs, sums: sums.append(torch.ones(2, 4)) or scores["policy"])
     monkeypatch.setattr(trainer, "_score_reference", lambda inputs: scores["reference"])
     loss = trainer.compute_loss(trainer.model, {"attention_mask": torch.ones(4, 3)})
     # margins 0.5 * ((-2 + 3) - (-6 + 5)) = 1 and 0.5 * ((-5 + 3) - (-4 + 5)) = -1.5
