@@ -17,7 +17,7 @@ from dpo_helpers.environment import PACK_TOKENS
 from dpo_helpers.evaluation import SIDES, score_encoded
 from dpo_helpers.inference import use_stage
 
-SAME_LOG_PROB = 0.01  # nats a token: half precision stays below, a mask or a position that a model ignores does not
+SAME_LOG_PROB = 0.03  # nats a token: half precision stays below, a mask or a position that a model ignores does not
 
 
 class Pack(NamedTuple):
@@ -29,10 +29,11 @@ class Pack(NamedTuple):
     pairs: int
 
 
-def pack_pairs(input_ids, attention_mask, completion_mask) -> Pack:
+def pack_pairs(input_ids, attention_mask, completion_mask, dtype=torch.float32) -> Pack:
     """Turn TRL's padded batch (2 * pairs, tokens), chosen rows first, into one row of prompt, chosen and rejected tokens.
 
     A rejected row loses its prompt: the answer looks at the chosen row's instead. The last token of a row predicts nothing.
+    The mask is added to the attention scores, in the model's `dtype`: a mask of booleans would mean something else to some models.
     """
     pairs = len(input_ids) // 2
     answers, predicted = completion_mask[:, :-1].bool(), completion_mask[:, 1:].bool()
@@ -45,35 +46,36 @@ def pack_pairs(input_ids, attention_mask, completion_mask) -> Pack:
     place[pairs:] = torch.where(kept[pairs:], place[pairs:], place[:pairs])  # the prompt's last token predicts both answers
     model_inputs = {
         "input_ids": input_ids[:, :-1][kept][None],
-        "attention_mask": torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)[None, None],
+        "attention_mask": torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)[None, None],
         "position_ids": position[None],
         "logits_to_keep": place[predicted],
     }
     return Pack(model_inputs, input_ids[:, 1:][predicted], predicted.nonzero()[:, 0], pairs)
 
 
-def split_batch(inputs: dict, max_length: int, pack_tokens: int):
+def split_batch(inputs: dict, max_length: int, pack_tokens: int, dtype):
     """Cut TRL's padded batch to `max_length`, as TRL does, and yield it a pack of whole pairs at a time."""
     columns = [inputs[name][:, :max_length] for name in ("input_ids", "attention_mask", "completion_mask")]
     pairs, tokens = len(columns[0]) // 2, columns[0].shape[1]
     for picked in torch.arange(pairs).split(max(1, pack_tokens // (2 * tokens))):
-        yield pack_pairs(*(column[torch.cat([picked, picked + pairs])] for column in columns))
+        yield pack_pairs(*(column[torch.cat([picked, picked + pairs])] for column in columns), dtype)
 
 
-def score_pack(model, pack: Pack):
-    """Return the answers' log-probs (2, pairs) and, for the log, the sums over each side's tokens (2, 4).
+def score_pack(model, pack: Pack, sums: list | None = None):
+    """Return the answers' log-probs (2, pairs); for the log, append to `sums` what each side's tokens add up to (2, 4).
 
-    The sums count tokens, entropy, mean logit, and tokens that were the likeliest.
+    These are the number of tokens, their entropy, their mean logit, and how many were the likeliest.
     """
     logits = model(**pack.model_inputs, use_cache=False).logits[0]  # (answer tokens, vocabulary)
     log_probs = F.log_softmax(logits.float(), dim=-1)
     of_tokens = log_probs.gather(1, pack.targets[:, None])[:, 0]
-    with torch.no_grad():
-        entropy = -torch.einsum("tv,tv->t", log_probs.exp(), log_probs)
-        likeliest = logits.argmax(-1) == pack.targets
-        figures = torch.stack([torch.ones_like(entropy), entropy, logits.mean(-1).float(), likeliest.float()], dim=1)
-        sums = figures.new_zeros(2, 4).index_add(0, pack.owners // pack.pairs, figures)
-    return of_tokens.new_zeros(2 * pack.pairs).index_add(0, pack.owners, of_tokens).view(2, -1), sums
+    if sums is not None:
+        with torch.no_grad():
+            entropy = -log_probs.exp().mul_(log_probs).sum(-1)
+            likeliest = of_tokens == log_probs.amax(-1)
+            figures = torch.stack([torch.ones_like(entropy), entropy, logits.mean(-1).float(), likeliest.float()], dim=1)
+            sums.append(figures.new_zeros(2, 4).index_add(0, pack.owners // pack.pairs, figures))
+    return of_tokens.new_zeros(2 * pack.pairs).index_add(0, pack.owners, of_tokens).view(2, -1)
 
 
 def use_fused_gelu(model) -> None:
@@ -93,10 +95,12 @@ class FastDPOTrainer(DPOTrainer):
         use_fused_gelu(self.model)
         self.is_exact = self._agrees_with_stock()
         if not self.is_exact:
-            print("このモデルでは速い計算の結果が標準の計算と一致しないので、TRL の標準の計算で学習します（時間は長くなります）。")
+            print("速い計算はこのモデルでは使えない（標準の計算と一致しない）ので、TRL の標準の計算で学習します。時間は長くなります。")
 
     def _agrees_with_stock(self) -> bool:
-        """Compare the log-probs of the two longest rows with those of an ordinary forward pass."""
+        """Compare the log-probs of the two longest rows with those of an ordinary forward pass; a sharded model is not tried."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
         if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(self.model.get_base_model().forward).parameters):
             return False
         data = self.train_dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)])
@@ -106,19 +110,18 @@ class FastDPOTrainer(DPOTrainer):
         ]
         expected = score_encoded(self.model, self.processing_class, whole, len(whole))
         with torch.no_grad():
-            found = self._score(self.model, self.data_collator(rows))[0].flatten().tolist()
+            found = self._score(self.model, self.data_collator(rows)).flatten().tolist()
         return all(abs(a - b) < SAME_LOG_PROB * len(ids) for a, b, (ids, _) in zip(found, expected, whole, strict=True))
 
-    def _score(self, model, inputs):
+    def _score(self, model, inputs, sums: list | None = None):
         device = self.accelerator.device
         inputs = {name: column.to(device) for name, column in inputs.items()}
-        packs = split_batch(inputs, self.args.max_length, PACK_TOKENS[device.type])
-        scores, sums = zip(*(score_pack(model, pack) for pack in packs), strict=True)
-        return torch.cat(scores, dim=1), sum(sums)
+        packs = split_batch(inputs, self.args.max_length, PACK_TOKENS[device.type], self.model.dtype)
+        return torch.cat([score_pack(model, pack, sums) for pack in packs], dim=1)
 
     def _score_reference(self, inputs):
         with torch.no_grad(), self.accelerator.autocast(), use_stage(self.accelerator.unwrap_model(self.model), "reference"):
-            return self._score(self.model, inputs)[0]
+            return self._score(self.model, inputs)
 
     def _add_references(self, dataset):
         """Return the rows with TRL's own columns of reference log-probs: what is read again need not be computed again."""
@@ -149,10 +152,11 @@ class FastDPOTrainer(DPOTrainer):
             reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
             reference = self._score_reference(inputs)
-        policy, sums = self._score(model, inputs)
+        sums = []
+        policy = self._score(model, inputs, sums)
         rewards = self.args.beta * (policy - reference)  # (2, pairs)
         margins = rewards[0] - rewards[1]
-        self._measure(inputs, policy.detach(), rewards.detach(), sums)
+        self._measure(inputs, policy.detach(), rewards.detach(), sum(sums))
         return -F.logsigmoid(margins).mean()
 
     def _measure(self, inputs, policy, rewards, sums) -> None:
