@@ -101,8 +101,11 @@ class RunConfig:
         return self.lora_scale * self.lora_rank
 
     @classmethod
-    def from_form(cls, names: dict) -> "RunConfig":
-        """Read the notebook's form variables: the knobs' names in capitals; a missing one keeps its default."""
+    def from_form(cls, names: dict, file: str = "") -> "RunConfig":
+        """Read the notebook's form variables, the knobs' names in capitals, or, where one is given, a file instead of them."""
+        if file:
+            print(f"設定は {file} から読みます（設定のセルの値は使いません）。")
+            return cls.load(file)
         return cls(**{item.name: names[item.name.upper()] for item in fields(cls) if item.name.upper() in names})
 
     def as_dict(self) -> dict:

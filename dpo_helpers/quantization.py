@@ -57,3 +57,11 @@ def restore_adapters(model, warmed_up: Path | None) -> None:
         weights = load_peft_weights(str(warmed_up), device="cpu")
         for name in model.peft_config:
             set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def install_quantization(config: RunConfig) -> None:
+    """Install bitsandbytes, moving nothing else, where the configuration asks for 4-bit weights."""
+    if config.quantization == "4bit":
+        from dpo_helpers.packages import install_missing
+
+        install_missing(requirements=(BITSANDBYTES,))

@@ -42,6 +42,17 @@ def merge_adapter(folder, target) -> Path:
     return target
 
 
+def share_run(folder, repo: str, wanted: bool, push: bool) -> None:
+    """Merge a run beside its folder, once, and show what would be sent, or send it; without `wanted` say how to ask for that."""
+    if not wanted:
+        print("共有はしていません。見るだけなら SHARE を、実際に送るなら PUSH もオンにして、このセルをもう一度実行してください。")
+        return
+    target = Path(folder).with_name(f"{Path(folder).name}-merged")
+    if not (target / CARD).is_file():
+        merge_adapter(folder, target)
+    push_to_hub(target, repo, dry_run=not push)
+
+
 def make_model_card(folder, data: str | None = None) -> str:
     """Return a model card in Japanese of a finished run's (or a merged model's) folder, from its files and nothing else.
 

@@ -65,15 +65,16 @@ def test_prose_is_japanese(name):
 def test_one_cell_holds_every_knob_with_the_packages_default():
     assert parameters(NAMES[0]) == {name.upper(): value for name, value in asdict(RunConfig()).items()}
     for line in tagged(NAMES[0], "parameters").source.splitlines()[1:]:
-        assert re.fullmatch(r'[A-Z_]+ = \S+ #@param (\{type:"(integer|number|string)"\}|\[.*\])', line), line
+        assert re.fullmatch(r'[A-Z_]+ = \S+ #@param (\{type:"(integer|number|string)"\}|\[.*\]( \{allow-input: true\})?)', line), line
 
 
 def test_the_choices_in_the_forms_are_the_packages():
-    from dpo_helpers.config import LOSS_TYPES, REPORT_TARGETS
+    from dpo_helpers.config import LOSS_TYPES, REPORT_TARGETS, TRAINERS
+    from dpo_helpers.model_menu import MENU
 
-    source = tagged(NAMES[0], "parameters").source
-    for knob, choices in (("LOSS_TYPE", LOSS_TYPES), ("REPORT_TO", REPORT_TARGETS)):
-        assert tuple(json.loads(re.search(rf"^{knob} = .*#@param (\[.*\])$", source, re.MULTILINE).group(1))) == choices
+    source, models = tagged(NAMES[0], "parameters").source, (*(entry.name for entry in MENU), "embedded")
+    for knob, choices in (("LOSS_TYPE", LOSS_TYPES), ("REPORT_TO", REPORT_TARGETS), ("TRAINER", TRAINERS), ("MODEL_NAME", models)):
+        assert tuple(json.loads(re.search(rf"^{knob} = .*#@param (\[.*\])", source, re.MULTILINE).group(1))) == choices
 
 
 def test_no_number_is_set_below_the_parameter_cell():
