@@ -86,9 +86,12 @@ class Results:
             print(f"写し先の結果を読めないので、写しは作らずに続けます：{error}")
             self.mirror = None
             return
-        new = [record for record in records if _identify_record(record) not in self.records]
-        for record in new:
-            self._write(record)
+        new = []
+        for record in records:
+            own = self.records.get(_identify_record(record))
+            if own is None or (own["status"] == "failed" and record["status"] != "failed"):
+                new.append(record)
+                self._write(record)
         if new:
             print(f"{self.mirror} にあった {len(new)} 個の結果を引き継ぎました。")
 

@@ -92,7 +92,7 @@ def run_plan(plan: list[Experiment], results: Results, workshop, retry_failed: b
     wanted = {experiment.identity: experiment for experiment in plan}
     missing = [name for name in wanted if name not in results.records or (retry_failed and results.records[name]["status"] == "failed")]
     print(f"{len(wanted)} 個の設定のうち、{len(wanted) - len(missing)} 個は結果があります。残りの {len(missing)} 個を実行します。")
-    missing.sort(key=lambda name: wanted[name].config.model_name)  # one base at a time
+    missing.sort(key=lambda name: (find_base(wanted[name].config), wanted[name].config.seed))  # each base is loaded once
     try:
         for name in tqdm(missing, desc="実験", unit="回", disable=not missing):
             results.append(_run_one(wanted[name], name, workshop))

@@ -129,6 +129,14 @@ def test_stopped_and_run_again_it_ends_with_the_same_table(tmp_path, capsys):
     assert third.measured == [] and len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
 
 
+def test_each_base_is_loaded_once(tmp_path):
+    workshop = FakeWorkshop()  # the embedded model is another one for every seed
+    outcomes = run_plan(make_plan(RATES, {"model_name": "embedded"}, [1, 2]), Results(tmp_path / "r.jsonl"), workshop)
+    seeds = [seed for _, seed in workshop.measured]
+    assert seeds in ([1, 1, 1, 2, 2, 2], [2, 2, 2, 1, 1, 1])
+    assert [experiment.config.seed for experiment, _ in outcomes] == [1, 2] * 3  # the table keeps the plan's order
+
+
 def test_a_failed_and_a_collapsed_run_are_results_and_not_the_end(tmp_path):
     from dpo_helpers.callbacks import BrokenNumbers
 
@@ -203,6 +211,13 @@ def test_the_mirror_gets_every_result_and_gives_them_to_a_fresh_machine(tmp_path
     run_plan(make_plan(RATES), Results(tmp_path / "b" / "r.jsonl", mirror), workshop)  # both have what the other lacks
     assert workshop.measured == [] and "2 個の結果を引き継ぎました" in capsys.readouterr().out
     assert len((mirror / "r.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_result_on_the_mirror_replaces_a_failure_here(tmp_path):
+    run_plan(make_plan(RATES)[:1], Results(tmp_path / "here" / "r.jsonl"), FakeWorkshop({1: RuntimeError("x")}))
+    run_plan(make_plan(RATES)[:1], Results(tmp_path / "drive" / "r.jsonl"), FakeWorkshop())
+    (record,) = Results(tmp_path / "here" / "r.jsonl", tmp_path / "drive").records.values()
+    assert record["status"] == "ok" and len((tmp_path / "here" / "r.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_mirror_that_fails_or_cannot_be_read_stops_nothing(tmp_path, monkeypatch, capsys):
