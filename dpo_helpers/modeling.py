@@ -48,6 +48,11 @@ def load_base_model(config: RunConfig, machine: Machine | None = None):
     except (OSError, ValueError, HTTPError) as error:  # the last: transformers asks the Hub to convert a .bin, and that fails
         advice = UNSAFE_FORMAT.format(name) if "safetensors" in str(error) else f"別のモデルを選んでください。{CHOICES}"
         raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
+    limit = getattr(model.config, "max_position_embeddings", config.max_length)
+    if config.max_length > limit:
+        raise UserError(
+            f"MAX_LENGTH = {config.max_length} は、モデル {name} が扱える長さ（{limit} トークン）を超えています。{limit} 以下にしてください。"
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # as TRL's DPOTrainer does: 4 x 1 and 1 x 4 then give the same losses in the warm-up as well

@@ -46,7 +46,7 @@ def small_model(tmp_path_factory, gpt2_tokenizer):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small")
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=64)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=256)).save_pretrained(folder)
     gpt2_tokenizer.save_pretrained(folder)
     return folder
 
@@ -104,6 +104,13 @@ def test_the_rows_that_all_versions_can_use_do_not_depend_on_the_installed_one(m
         usable[release] = [row.usable for row in measured]
         assert build_token_report(measured, 60)["trl_drops"] == (release == "1.16.0")
     assert usable["0.29.1"] == usable["1.16.0"]
+
+
+def test_a_limit_beyond_what_the_model_can_take_is_told_before_the_training(small_model):
+    from dpo_helpers.modeling import load_base_model
+
+    with pytest.raises(UserError, match=r"MAX_LENGTH = 257 .*256 以下にしてください"):
+        load_base_model(RunConfig(model_name=str(small_model), max_length=257))
 
 
 class Characters:
