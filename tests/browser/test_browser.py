@@ -26,9 +26,9 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parent.parent.parent
 PICTURES = ROOT / "outputs" / "browser"
 NAME = "colab_dpo_training.ipynb"
-# Few rows keep it short; four epochs of them make the DPO training last about ten seconds, so that there is something to watch.
+# Few rows keep it short; twelve epochs of them make the DPO training last some ten seconds, so that there is something to watch.
 PARAMETERS = yaml.safe_load((ROOT / "tests" / "demo_parameters.yaml").read_text(encoding="utf-8"))
-PARAMETERS |= {"NUM_SAMPLES": 200, "NUM_TRAIN_EPOCHS": 4.0}
+PARAMETERS |= {"NUM_SAMPLES": 200, "NUM_TRAIN_EPOCHS": 12.0}
 LIVE_VIEW = "img, svg, table, progress"  # what of a training cell's output may change in place and counts as a live view
 LIVE_CHANGES = 3
 CHROMIUM_FLAGS = (
@@ -116,11 +116,24 @@ def run(lab):
         page.goto(f"{address}/lab/tree/{NAME}")
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
         page.evaluate(WATCH, LIVE_VIEW)
-        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
+        queue_all_cells(page, len(sources))
         run_to_the_end(page, sources)
         yield page, sources, folder
         browser.close()
+
+
+def queue_all_cells(page, count: int) -> None:
+    """Choose "Run > Run All Cells" until every code cell waits or has run: JupyterLab at times takes the first one alone."""
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    for _ in range(5):
+        page.wait_for_timeout(2000)
+        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_timeout(8000)
+        texts = [text.strip() for text in prompts.all_inner_texts()]
+        if len(texts) == count and "[ ]:" not in texts:
+            return
+    pytest.fail(f"JupyterLab did not take all cells: {texts}")
 
 
 def find_cell(sources: list[str], text: str) -> int:
