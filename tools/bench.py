@@ -98,7 +98,8 @@ def work(job: dict) -> None:
     trainer = trainer_class(
         model=model,
         args=DPOConfig(
-            job["folder"], beta=config.beta, learning_rate=LEARNING_RATE, max_length=config.max_length, seed=config.seed,
+            job["folder"],
+            num_train_epochs=1, beta=config.beta, learning_rate=LEARNING_RATE, max_length=config.max_length, seed=config.seed,
             bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=device == "cpu", logging_steps=1, save_strategy="no",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=device == "cuda", **settings,
         ),
@@ -216,14 +217,14 @@ class MatrixRate:
         return {**medians, "rate": self.arithmetic["pair"] / sum(self.arithmetic[part] / medians[part] for part in medians)}
 
 
-def find_best_stock(pythons: list[str], make_job, log: Path) -> tuple[str, str, dict]:
+def find_best_stock(pythons: list[str], make_job, steps: int, log: Path) -> tuple[str, str, dict]:
     """Train two short rounds with every stock setting of every Python, one after the other; return the fastest and all pairs/s."""
     speeds, places = {}, {}
     for python in pythons:
         for name, settings in STOCK.items():
-            found = alternate({name: (python, make_job(settings, 2, 2))}, log)[name]
+            found = alternate({name: (python, make_job(settings, 2, min(2, steps)))}, log)[name]
             label = f"{name}, trl {found['trl']}"
-            speeds[label], places[label] = round(PAIRS_A_STEP * 2 / min(found["seconds"]), 3), (name, python)
+            speeds[label], places[label] = round(PAIRS_A_STEP * min(2, steps) / min(found["seconds"]), 3), (name, python)
     return *places[max(speeds, key=speeds.get)], speeds
 
 
@@ -250,7 +251,7 @@ def main() -> None:
         }  # fmt: skip
 
     pythons = [sys.executable, *([arguments.other] if arguments.other else [])]
-    best, best_python, candidates = find_best_stock(pythons, make_job, log)
+    best, best_python, candidates = find_best_stock(pythons, make_job, arguments.steps, log)
     print("stock settings, pairs/s:", json.dumps(candidates, indent=1))
     ways = {"seed": (sys.executable, SEED), "best_stock": (best_python, STOCK[best]), "ours": (sys.executable, "ours")}
     arithmetic = count_arithmetic(arguments.model, make_rows(arguments.rounds * arguments.steps * PAIRS_A_STEP))
