@@ -55,10 +55,16 @@ def train(
             print(f"結果をまとめた zip：{make_zip(run.folder)}")
     finally:
         run.close()
-    print(verdict.describe_verdict(metrics["verdict"]))
+    print(verdict.describe_verdict(metrics.get("verdict") or judge.judge_folder(run.folder)))  # a run of an older version has none
     held_out = metrics["held_out"]
     print(f"評価用の損失 {held_out['loss']:.4f}、正解率 {held_out['accuracy']:.1%}。結果：{run.folder}")
     return metrics
+
+
+OTHER_JOBS = {
+    "experiment": experiments.run_experiment, "data": own_data.run_data, "judge": judge.run_judge, "doctor": quick_fix.run_doctor,
+    "merge": sharing.run_merge, "share": sharing.run_share,
+}  # fmt: skip
 
 
 def read_settings(pairs: list[str]) -> dict:
@@ -97,18 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     if follows:
         sys.stdout = io.StringIO()
     try:
-        if arguments.job == "doctor":
-            return quick_fix.run_doctor(arguments)
-        if arguments.job == "experiment":
-            return experiments.run_experiment(arguments)
-        if arguments.job == "data":
-            return own_data.run_data(arguments)
-        if arguments.job == "judge":
-            return judge.run_judge(arguments)
-        if arguments.job == "merge":
-            return sharing.run_merge(arguments)
-        if arguments.job == "share":
-            return sharing.run_share(arguments)
+        if arguments.job != "train":
+            return OTHER_JOBS[arguments.job](arguments)
         config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
         train(
             config.replace(read_settings(arguments.set), "--set"), arguments.run_dir, arguments.device, arguments.mirror, arguments.resume,

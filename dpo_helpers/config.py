@@ -26,6 +26,16 @@ class TrainingStopped(UserError):
         self.reason, self.step = reason, step
 
 
+def read_json(path, what: str):
+    """Return what a JSON file holds, with or without a byte order mark; `what` names it in the UserError where it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} が見つかりません。パスを確かめてください。") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{what} {path} を読めません（{error}）。JSON の書き方を確かめてください。") from None
+
+
 def _knob(default, note, allowed):
     return field(default=default, metadata={"note": note, "allowed": allowed})
 
@@ -120,13 +130,7 @@ class RunConfig:
     @classmethod
     def load(cls, path) -> "RunConfig":
         """Read a JSON file that `save` wrote, or a hand-written one with some of the knobs."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise UserError(f"設定ファイル {path} が見つかりません。パスを確かめてください。") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"設定ファイル {path} を読めません（{error}）。JSON の書き方を確かめてください。") from None
-        return cls().replace(values, source=str(path))
+        return cls().replace(read_json(path, "設定ファイル"), source=str(path))
 
     def replace(self, values: dict, source: str = "設定") -> "RunConfig":
         """Return a copy with some values changed; an unknown name raises UserError with the known ones."""

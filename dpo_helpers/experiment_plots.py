@@ -2,10 +2,10 @@
 
 import math
 
+from dpo_helpers.curves import CHOSEN, GREY, HELD_OUT, REJECTED
 from dpo_helpers.experiment_tables import collect_values, estimate, list_settings
 from dpo_helpers.plots import ShownFigure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # distinguishable with any colour vision (Okabe and Ito 2008)
 LABELS = {
     "held_out.loss": "評価の損失", "held_out.accuracy": "評価の正解率", "held_out.log_ratio": "対数比の差（nat）",
     "easy_held_out.accuracy": "簡単な評価データの正解率", "distance": "参照モデルからの距離（nat／トークン）",
@@ -47,7 +47,7 @@ def plot_lines(outcomes: list[tuple], x: str, metric: str, by: str | None = None
     settings = list_settings(outcomes)
     figure = make_figure()
     axis = figure.subplots()
-    for value, colour, marker in zip(dict.fromkeys(s.get(by) for s in settings), (BLUE, ORANGE, GREY, "#009E73"), "osD^", strict=False):
+    for value, colour, marker in zip(dict.fromkeys(s.get(by) for s in settings), (CHOSEN, REJECTED, GREY, HELD_OUT), "osD^", strict=False):
         mine = [setting for setting in settings if setting.get(by) == value]
         _draw_points(axis, outcomes, mine, [s[x] for s in mine], metric, colour, f"{marker}-", None if by is None else str(value))
     _draw_level(axis, metric)
@@ -72,7 +72,7 @@ def plot_bars(outcomes: list[tuple], metrics: list[str]) -> ShownFigure:
                 axis.text(i, 0, "なし", ha="center", va="bottom", fontsize=11, color=GREY)
                 continue
             result = estimate(values)
-            axis.bar(i, result.mean, yerr=result.half_width, color=BLUE, capsize=4)
+            axis.bar(i, result.mean, yerr=result.half_width, color=CHOSEN, capsize=4)
             axis.annotate(f"{result.mean:.3g}", (i, max(result.mean, 0)), ha="center", va="bottom", fontsize=10)
         _draw_level(axis, metric)
         axis.set_xticks(range(len(settings)), names, rotation=30, ha="right")
@@ -93,7 +93,7 @@ def plot_frontier(outcomes: list[tuple]) -> ShownFigure:
         far, wide = _mean(outcomes, setting, "distance"), _mean(outcomes, setting, "held_out.log_ratio")
         points.append((far, wide))
         axis.annotate(f"β {setting['beta']:g}", (far, wide), xytext=(6, -12), textcoords="offset points", fontsize=11)
-    axis.plot(*zip(*points, strict=True), "o-", color=BLUE)
+    axis.plot(*zip(*points, strict=True), "o-", color=CHOSEN)
     axis.set_xlabel(LABELS["distance"], fontsize=12)
     axis.margins(x=0.15, y=0.12)
     return _finish(figure, axis, "held_out.log_ratio", legend=False)

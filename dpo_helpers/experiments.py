@@ -6,9 +6,8 @@ import time
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from itertools import product
-from pathlib import Path
 
-from dpo_helpers.config import RunConfig, TrainingStopped, UserError
+from dpo_helpers.config import RunConfig, TrainingStopped, UserError, read_json
 from dpo_helpers.experiment_results import SCHEMA, Results, identify
 from dpo_helpers.experiment_runs import VARIATION_NAMES, Variation, Workshop
 from dpo_helpers.files import hash_file
@@ -145,12 +144,7 @@ def _run_one(experiment: Experiment, name: str, workshop) -> dict:
 
 def load_grid(path) -> list[Experiment]:
     """Read {"settings": …, "common": {…}, "seeds": […]}; without `seeds`, 42, 43 and 44."""
-    try:
-        grid = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"グリッドのファイル {path} が見つかりません。パスを確かめてください。") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"グリッドのファイル {path} を読めません（{error}）。JSON の書き方を確かめてください。") from None
+    grid = read_json(path, "グリッドのファイル")
     known = {"settings", "common", "seeds"}
     if not isinstance(grid, dict) or set(grid) - known or not isinstance(grid.get("seeds", []), list):
         raise UserError(f'{path} は {{"settings": ..., "common": {{...}}, "seeds": [...]}} の形で書いてください。')

@@ -145,8 +145,10 @@ LIMITS = """- 小さなモデルなので、文の形が整っていても、**�
 
 def _public_name(name: str) -> str:
     """Return a model's name without the folders of this machine."""
-    if name == "embedded":
-        return "embedded（その場で作った小さな GPT-2）"
+    from dpo_helpers.modeling import EMBEDDED  # here: it needs psutil as well
+
+    if name in EMBEDDED:
+        return f"{name}（その場で作った小さな GPT-2）"
     return name if _is_on_the_hub(name) else Path(name).name
 
 
@@ -199,7 +201,7 @@ def _describe_data(folder: Path) -> str:
     }
     ours = all(tuple(row[name] for name in columns) in generated for row in train + held_out)
     source = (
-        "人手で書いた概念と回答の表（AI、プログラミング、データサイエンス）から、プログラムで自動生成した行です。"
+        "概念と回答の表（AI、プログラミング、データサイエンス）から、プログラムで自動生成した行です。"
         if ours
         else "自動生成の行とは一致しません。出どころは、この記録からは分かりません。"
     )

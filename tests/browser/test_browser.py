@@ -142,7 +142,7 @@ def find_cell(sources: list[str], text: str) -> int:
     return number
 
 
-def run_to_the_end(page, sources: list[str], seconds: float = 600) -> None:
+def run_to_the_end(page, sources: list[str], seconds: float = 240) -> None:
     """Wait until every code cell has run, with a picture of the training under way; fail at the first error in the page."""
     training, pictured, end = find_cell(sources, "train_dpo(run"), False, time.monotonic() + seconds
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
