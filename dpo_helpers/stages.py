@@ -58,7 +58,6 @@ def train_stage(run: Run, stage: str, build, trainer=None):
 def _attempt(run: Run, stage: str, trainer) -> bool:
     """Train from the newest checkpoint of this stage, or from the start; return whether the end was reached."""
     from transformers import TrainerState
-    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
     from dpo_helpers.callbacks import KeepCheckpoints, StopWhenAsked, WatchNumbers, watch_stop_button
     from dpo_helpers.live_view import LiveView
@@ -80,7 +79,6 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     run.wait()
     view = LiveView(stage, run.config.effective_batch_size * run.process_count, run.machine.device)
-    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # the view stands in its place
     run.clock.carried = checkpoint.progress["seconds"] if checkpoint else {}
     for callback in (
         KeepCheckpoints(run, stage, checkpoint and checkpoint.path),

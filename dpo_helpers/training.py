@@ -112,6 +112,13 @@ def make_sft_trainer(config: RunConfig, base, tokenizer, rows: list[dict], argum
     )
     if config.quantization == "4bit":
         restore_adapters(trainer.model, None)
+    return _finish_trainer(trainer)
+
+
+def _finish_trainer(trainer):
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # the live view stands in its place, and a look before the training needs none
     check_trainable_precision(trainer.model)
     return trainer
 
@@ -180,8 +187,7 @@ def make_dpo_trainer(config: RunConfig, base, tokenizer, data, arguments: dict, 
     )
     if config.quantization == "4bit":
         restore_adapters(trainer.model, warmed_up)
-    check_trainable_precision(trainer.model)
-    return trainer
+    return _finish_trainer(trainer)
 
 
 def evaluate_curve_rows(trainer) -> dict:

@@ -235,11 +235,8 @@ def make_trainer(tiny_models, rows, start_run):
 
 
 def add_view(trainer, stage, display, **options):
-    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-
     from dpo_helpers.live_view import LiveView
 
-    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(LiveView(stage, 4, "cpu", display, **options))
 
 

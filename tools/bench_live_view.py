@@ -12,8 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-
 from dpo_helpers.config import RunConfig
 from dpo_helpers.environment import find_machine
 from dpo_helpers.live_display import LiveDisplay
@@ -43,7 +41,6 @@ def train(config: RunConfig, sides, view: LiveView | None) -> tuple[float, list[
         run.use_rows(*sides)
         trainer = build_dpo_trainer(run)
         trainer.args.save_strategy = "no"
-        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         if view:
             trainer.add_callback(view)
         start = time.perf_counter()
