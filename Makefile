@@ -86,10 +86,9 @@ bench-checkpoints: .venv/.installed
 bench-live-view: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/bench_live_view.py outputs/bench_live_view.json
 
-# Eight settings on the shape of DialoGPT (a folder with its config, tokenizer and any weights), against eight main runs.
-SWEEP_MODEL = outputs/models/dialogpt-shape
-bench-sweep: .venv/.installed
-	PYTHONPATH=. .venv/bin/python tools/bench_sweep.py $(SWEEP_MODEL) outputs/bench-sweep.json
+# Eight settings on the shape of DialoGPT, against eight main runs.
+bench-sweep: .venv/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/bench_sweep.py $(SHAPE_MODEL) outputs/bench-sweep.json
 
 sweep-memory: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/check_sweep_memory.py

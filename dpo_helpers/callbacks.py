@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dpo_helpers.checkpoints import find_different_adapters
@@ -67,8 +69,10 @@ class WatchNumbers(TrainerCallback):
         self.broken = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
-        self.broken = 0 if norms.isfinite().all() else self.broken + 1
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = [(g.to_local() if isinstance(g, DTensor) else g).norm() for g in gradients]  # under FSDP, of this process's shards
+        is_broken = gather(~torch.stack(norms).isfinite().all()[None]).any()  # all processes stop, or none
+        self.broken = self.broken + 1 if is_broken else 0
         if self.broken > self.allowed:
             raise BrokenNumbers(state.global_step)
 

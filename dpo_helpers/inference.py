@@ -21,7 +21,7 @@ def encode_question(tokenizer, question: str) -> list[int]:
 
 def generate_response(
     model, tokenizer, questions, max_new_tokens: int = 80, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
 ):  # fmt: skip
     """Answer one question (str in, str out) or a list of them (list in, list out), without the prompt.
 

@@ -63,6 +63,8 @@ class Run:
 
     def use_base(self, model) -> None:
         """Refuse a base model whose weights are not those that the checkpoint was trained on."""
+        if not self.leads:  # FSDP may give the other processes a base without weights
+            return
         digest = hashlib.sha256()
         for name, parameter in model.named_parameters():
             if "lora_" not in name:

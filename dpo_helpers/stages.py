@@ -32,7 +32,7 @@ def train_stage(run: Run, stage: str, build, trainer=None):
         except torch.OutOfMemoryError as error:
             in_evaluation = any(frame.name == "evaluation_loop" for frame in traceback.extract_tb(error.__traceback__))
         except BrokenNumbers as broken:
-            raise _stop(run, stage, trainer, "nan", broken.step) from None
+            raise _stop(run, stage, make_whole(run, stage, trainer, build), "nan", broken.step) from None
         except UserError:
             raise
         except Exception as error:  # safetensors, torch and Python each have their own for a full disk
@@ -45,6 +45,7 @@ def train_stage(run: Run, stage: str, build, trainer=None):
         except KeyboardInterrupt:
             raise _stop(run, stage, trainer, "interrupted", trainer.state.global_step) from None
         else:
+            trainer = make_whole(run, stage, trainer, build)
             if finished:
                 return trainer
             raise _stop(run, stage, trainer, "interrupted", trainer.state.global_step)
@@ -93,6 +94,17 @@ def _attempt(run: Run, stage: str, trainer) -> bool:
     finally:
         view.finish()  # the trainer ends nothing where it was interrupted
     return trainer.state.global_step >= trainer.state.max_steps
+
+
+def make_whole(run: Run, stage: str, trainer, build):
+    """Return a trainer whose model one process alone can save and ask: for a sharded one (FSDP) that of the newest checkpoint."""
+    if not trainer.is_fsdp_enabled:
+        return trainer
+    whole, checkpoint = build(run), run.newest(stage)
+    if checkpoint:
+        load_adapters(whole.model, checkpoint.path)
+    whole.state = trainer.state
+    return whole
 
 
 def shrink_batches(run: Run, in_evaluation: bool) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig
+from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.environment import Machine, halve_on_out_of_memory
 from dpo_helpers.modeling import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.preferences import strip_question
@@ -119,8 +119,19 @@ def _finish_trainer(trainer):
     from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # the live view stands in its place, and a look before the training needs none
+    if trainer.is_fsdp_enabled:
+        _check_sharding(trainer.accelerator.state.fsdp_plugin)
     check_trainable_precision(trainer.model)
     return trainer
+
+
+def _check_sharding(plugin) -> None:
+    """Refuse what would leave checkpoints without the adapter's own files, or shards that cannot be compared with them."""
+    if plugin.fsdp_version != 2 or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise UserError(
+            "FSDP は、accelerate の設定ファイルの fsdp_config に fsdp_version: 2 と fsdp_state_dict_type: FULL_STATE_DICT を書いて使ってください"
+            f"（今の設定：fsdp_version {plugin.fsdp_version}、{plugin.state_dict_type}）。"
+        )
 
 
 def choose_trainer(config):

@@ -1,7 +1,7 @@
-"""A reader's way through the main notebook, in a real browser: JupyterLab in Debian's Chromium (tools/install_browser.sh).
+"""A reader's way through both notebooks, in a real browser: JupyterLab in Debian's Chromium (tools/install_browser.sh).
 
-The notebook is run once, as "Run > Run All Cells" does, with the demo's parameters; each test looks at one thing in the page.
-Screenshots go to outputs/browser/.
+The main notebook is run once, as "Run > Run All Cells" does, with the demo's parameters; each test looks at one thing in the
+page. The experiment notebook follows in its smallest form. Screenshots go to outputs/browser/.
 """
 
 import os
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parent.parent.parent
 PICTURES = ROOT / "outputs" / "browser"
-NAME = "colab_dpo_training.ipynb"
+MAIN, EXPERIMENT = "colab_dpo_training.ipynb", "dpo_training_experiment.ipynb"
 # Few rows keep it short; twelve epochs of them make the DPO training last some ten seconds, so that there is something to watch.
-PARAMETERS = yaml.safe_load((ROOT / "tests" / "demo_parameters.yaml").read_text(encoding="utf-8"))
-PARAMETERS |= {"NUM_SAMPLES": 200, "NUM_TRAIN_EPOCHS": 12.0}
+CHANGES = {MAIN: {"NUM_SAMPLES": 200, "NUM_TRAIN_EPOCHS": 12.0}, EXPERIMENT: {}}
+PARAMETER_FILES = {MAIN: "demo_parameters.yaml", EXPERIMENT: "experiment_parameters.yaml"}
 LIVE_VIEW = "img, svg, table, progress"  # what of a training cell's output may change in place and counts as a live view
 LIVE_CHANGES = 3
 CHROMIUM_FLAGS = (
@@ -48,14 +48,15 @@ WATCH = """visuals => {
 COUNT_CHANGES = "number => Math.max(0, ...Object.values(window.states[number] ?? {}).map(states => states.size - 1))"
 
 
-def make_notebook(folder: Path) -> list[str]:
+def make_notebook(folder: Path, name: str) -> list[str]:
     """Write the copy that is run, with the parameters injected as papermill does; return the sources of its code cells."""
-    notebook = nbformat.read(ROOT / NAME, as_version=4)
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    parameters = yaml.safe_load((ROOT / "tests" / PARAMETER_FILES[name]).read_text(encoding="utf-8")) | CHANGES[name]
     cells = notebook.cells
     (place,) = (i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
-    lines = "".join(f"{name} = {value!r}\n" for name, value in PARAMETERS.items())
+    lines = "".join(f"{name} = {value!r}\n" for name, value in parameters.items())
     cells.insert(place + 1, nbformat.v4.new_code_cell(f"# Parameters\n{lines}"))
-    nbformat.write(notebook, folder / NAME)
+    nbformat.write(notebook, folder / name)
     return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
@@ -100,26 +101,36 @@ def wait_for_server(address: str, server, log: Path, seconds: float = 60) -> Non
 
 
 @pytest.fixture(scope="module")
-def run(lab):
-    """(page, sources of the code cells, folder) after the whole notebook has run."""
+def browser():
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium")
     assert chromium, "run tools/install_browser.sh"
-    address, folder = lab
-    sources = make_notebook(folder)
     shutil.rmtree(PICTURES, ignore_errors=True)
     PICTURES.mkdir(parents=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="ja-JP")
-        page.goto(f"{address}/lab/tree/{NAME}")
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-        page.evaluate(WATCH, LIVE_VIEW)
-        queue_all_cells(page, len(sources))
-        run_to_the_end(page, sources)
-        yield page, sources, folder
+        yield browser
         browser.close()
+
+
+def run_notebook(browser, lab, name: str, watched: str):
+    """Run a notebook whole in a page of its own; return (page, sources of its code cells). `watched` is text of the cell to picture."""
+    address, folder = lab
+    sources = make_notebook(folder, name)
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="ja-JP")
+    page.goto(f"{address}/lab/workspaces/{name.partition('.')[0]}/tree/{name}")  # a workspace keeps the tabs of another page out
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    page.evaluate(WATCH, LIVE_VIEW)
+    queue_all_cells(page, len(sources))
+    run_to_the_end(page, sources, find_cell(sources, watched), Path(name).stem)
+    return page, sources
+
+
+@pytest.fixture(scope="module")
+def run(lab, browser):
+    """(page, sources of the code cells, folder) after the whole main notebook has run."""
+    yield *run_notebook(browser, lab, MAIN, "train_dpo(run"), lab[1]
 
 
 def queue_all_cells(page, count: int) -> None:
@@ -142,9 +153,9 @@ def find_cell(sources: list[str], text: str) -> int:
     return number
 
 
-def run_to_the_end(page, sources: list[str], seconds: float = 240) -> None:
-    """Wait until every code cell has run, with a picture of the training under way; fail at the first error in the page."""
-    training, pictured, end = find_cell(sources, "train_dpo(run"), False, time.monotonic() + seconds
+def run_to_the_end(page, sources: list[str], watched: int, name: str, seconds: float = 240) -> None:
+    """Wait until every code cell has run, with a picture of the watched one under way; fail at the first error in the page."""
+    pictured, end = False, time.monotonic() + seconds
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     while time.monotonic() < end:
         errors = page.locator('.jp-OutputArea-output [data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
@@ -152,11 +163,11 @@ def run_to_the_end(page, sources: list[str], seconds: float = 240) -> None:
         numbers = [text.strip() for text in prompts.all_inner_texts()]
         if all(text[1:-2].isdigit() for text in numbers) and len(numbers) == len(sources):
             return
-        if not pictured and numbers[training] == "[*]:" and page.evaluate(COUNT_CHANGES, training) >= LIVE_CHANGES:
-            take_picture(page, training, "training")
+        if not pictured and numbers[watched] == "[*]:" and page.evaluate(COUNT_CHANGES, watched) >= LIVE_CHANGES:
+            take_picture(page, watched, f"{name}-running")
             pictured = True
         page.wait_for_timeout(250)
-    take_picture(page, training, "stuck")
+    take_picture(page, watched, f"{name}-stuck")
     pytest.fail(f"after {seconds} s these prompts stand in the page: {numbers}")
 
 
@@ -220,3 +231,16 @@ def test_votes_by_mouse_and_by_keyboard_are_training_data(run):
     rows, voted = load_preferences(path), read_votes(path)
     assert [row["chosen"] for row in rows] == [vote["chosen"] for vote in voted[:2]] and voted[2]["winner"] == "tie"
     assert "引き分け 1、学習に使える行 2" in cell.inner_text()
+
+
+def test_the_experiment_notebook_runs_whole_and_shows_every_section(lab, browser):
+    page, sources = run_notebook(browser, lab, EXPERIMENT, "LEARNING_RATES, ")
+    pictures = [number for number, source in enumerate(sources) if "\nplot_" in source]
+    assert len(pictures) == 9  # section 4 has two
+    for number in pictures:
+        widths = show_cell(page, number).locator(".jp-OutputArea-output img").evaluate_all("all => all.map(img => img.naturalWidth)")
+        assert widths and min(widths) > 300
+        take_picture(page, number, f"experiment-{number:02}")
+    cell = show_cell(page, find_cell(sources, "recommended.save("))
+    assert "run_config.json を書きました" in cell.inner_text() and (lab[1] / "run_config.json").is_file()
+    assert (lab[1] / "outputs" / "experiments" / "results.jsonl").read_text(encoding="utf-8").count('"status": "ok"') >= 12
