@@ -99,7 +99,7 @@ bench-data: .venv/.installed
 $(SHAPE_MODEL)/config.json: | .venv/.installed
 	.venv/bin/python tools/build_dialogpt_shape.py $(SHAPE_MODEL)
 
-# DPO's speed: the seed's way, the fastest stock TRL of both environments, and ours, alternating; about half an hour each.
+# DPO's speed: the seed's way, the fastest stock TRL of both environments, and ours, alternating; about ten minutes each.
 bench: .venv/.installed .venv-colab/.installed $(SHAPE_MODEL)/config.json
 	PYTHONPATH=. .venv/bin/python tools/bench.py $(SHAPE_MODEL) outputs/bench.json --other .venv-colab/bin/python
 
