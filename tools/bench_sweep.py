@@ -2,8 +2,8 @@
 
     python tools/bench_sweep.py MODEL_FOLDER RESULT.json [--rows 60] [--settings 8]
 
-Both sides train and score the same rows. Left out on both: start-up, loading models, building trainers, saving results. The
-sweep's shared part (tokens and reference log-probs, once) counts in full. The two sides take turns, so that another
+Both sides train and score the same rows. Left out on both: start-up, loading models, building trainers, generated answers,
+saving results. The sweep's shared part (tokens and reference log-probs, once) counts in full. The two sides take turns, so that another
 process on the machine slows both.
 """
 
@@ -15,20 +15,33 @@ import json
 import tempfile
 from pathlib import Path
 
-from dpo_helpers.__main__ import train
 from dpo_helpers.environment import find_machine
+from dpo_helpers.evaluation import score_rows, summarize_scores
 from dpo_helpers.experiment_runs import Workshop
 from dpo_helpers.experiments import make_plan
+from dpo_helpers.modeling import load_tokenizer
 from dpo_helpers.notebook import quiet_libraries
+from dpo_helpers.own_data import collect_rows
+from dpo_helpers.preferences import split_rows
+from dpo_helpers.run import open_run
+from dpo_helpers.training import build_dpo_trainer, train_dpo
 
 RATES, BETAS = [5e-6, 1e-5, 2e-5, 5e-5], [0.1, 0.5]
 
 
-def measure_main(experiment, folder) -> tuple[float, float]:
-    """Return (seconds, held-out loss) of one run by the main path."""
+def measure_main(config, folder) -> tuple[float, float]:
+    """Return (seconds, held-out loss) of one run by the main path, checkpoints and curve included."""
     with contextlib.redirect_stdout(io.StringIO()):
-        metrics = train(experiment.config, folder, device="cpu")
-    return metrics["seconds"]["training"] + metrics["seconds"]["evaluation"], metrics["held_out"]["loss"]
+        run = open_run(config, folder, find_machine("cpu"))
+        try:
+            rows = collect_rows(config, load_tokenizer(config.model_name))
+            run.use_rows(*split_rows(rows, config.held_out_fraction, config.seed))
+            trainer = train_dpo(run, build_dpo_trainer(run))
+            with run.clock("evaluation"):
+                scores = score_rows(trainer.model, trainer.processing_class, run.held_out_rows, config.max_length)
+        finally:
+            run.close()
+    return run.clock.seconds["training"] + run.clock.seconds["evaluation"], summarize_scores(scores, config.beta)["loss"]
 
 
 def measure_sweep(experiment, workshop) -> tuple[float, float]:
@@ -52,7 +65,10 @@ def main() -> None:
     plan, workshop, lines = make_plan(settings[: arguments.settings], common), Workshop(find_machine("cpu"), answers=0), []
     for number, experiment in enumerate(plan):
         with tempfile.TemporaryDirectory() as folder:
-            sides = {"sweep": lambda e=experiment: measure_sweep(e, workshop), "main": lambda e=experiment, f=folder: measure_main(e, f)}
+            sides = {
+                "sweep": lambda e=experiment: measure_sweep(e, workshop),
+                "main": lambda e=experiment, f=folder: measure_main(e.config, f),
+            }
             measured = {name: sides[name]() for name in (("sweep", "main") if number % 2 == 0 else ("main", "sweep"))}
         line = {"setting": dict(experiment.setting)}
         line |= {f"{name}_{what}": value for name, pair in measured.items() for what, value in zip(("seconds", "loss"), pair, strict=True)}
