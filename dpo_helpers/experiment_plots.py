@@ -65,6 +65,7 @@ def plot_bars(outcomes: list[tuple], metrics: list[str]) -> ShownFigure:
     figure = make_figure(1.5 + 3.4 * len(metrics), 4.2)
     settings = list_settings(outcomes)
     names = [" / ".join(map(str, setting.values())) for setting in settings]
+    varied = dict.fromkeys(name for setting in settings for name in setting)
     for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
         for i, setting in enumerate(settings):
             values = list(collect_values(outcomes, setting, metric).values())
@@ -76,6 +77,7 @@ def plot_bars(outcomes: list[tuple], metrics: list[str]) -> ShownFigure:
             axis.annotate(f"{result.mean:.3g}", (i, max(result.mean, 0)), ha="center", va="bottom", fontsize=10)
         _draw_level(axis, metric)
         axis.set_xticks(range(len(settings)), names, rotation=30, ha="right")
+        axis.set_xlabel(" / ".join(LABELS.get(name, name) for name in varied), fontsize=12)
         axis.set_xlim(-0.6, len(settings) - 0.4)
         axis.set_axisbelow(True)
         if metric.endswith("accuracy"):
