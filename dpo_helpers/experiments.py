@@ -30,14 +30,10 @@ class Experiment:
 
 def find_base(config: RunConfig) -> str:
     """Name the base model; that of the embedded one changes with whatever decides its weights."""
-    return _find_base(config.model_name, config.seed, config.held_out_fraction)
+    from dpo_helpers.run import find_own_base
 
-
-@cache
-def _find_base(name: str, seed: int, held_out_fraction: float) -> str:
-    from dpo_helpers.modeling import EMBEDDED, find_embedded_folder
-
-    return find_embedded_folder(seed, held_out_fraction, name).name if name in EMBEDDED else name
+    own = find_own_base(config)
+    return own.name if own else config.model_name
 
 
 def hash_rows(config: RunConfig, variation: Variation) -> str:

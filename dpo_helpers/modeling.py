@@ -190,9 +190,14 @@ EMBEDDED_RECIPE = {"rows": 12_000, "vocabulary": 900, "layers": 2, "width": 128,
 
 def find_embedded_folder(seed: int, held_out_fraction: float, name: str = "embedded") -> Path:
     """Return where make_embedded_model keeps its result, whether that is there or not."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "dpo_helpers" / f"embedded-{_hash_recipe(seed, held_out_fraction, name)}"
+
+
+@cache  # every checkpoint asks for it
+def _hash_recipe(seed: int, held_out_fraction: float, name: str) -> str:
     rows, recipe = _embedded_rows(seed, held_out_fraction), EMBEDDED_RECIPE | EMBEDDED[name]
-    key = hashlib.sha256(json.dumps([recipe, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_helpers" / f"embedded-{key}"
+    return hashlib.sha256(json.dumps([recipe, seed, rows], ensure_ascii=False).encode()).hexdigest()[:12]
 
 
 @cache
