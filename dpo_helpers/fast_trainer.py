@@ -95,7 +95,8 @@ class FastDPOTrainer(DPOTrainer):
         use_fused_gelu(self.model)
         self.is_exact = self._agrees_with_stock()
         if not self.is_exact:
-            print("速い計算はこのモデルでは使えない（標準の計算と一致しない）ので、TRL の標準の計算で学習します。時間は長くなります。")
+            why = "重みを分けて持つ学習" if self.is_fsdp_enabled or self.is_deepspeed_enabled else "標準の計算と一致しないモデル"
+            print(f"速い計算は{why}では使えないので、TRL の標準の計算で学習します。時間は長くなります。")
 
     def _agrees_with_stock(self) -> bool:
         """Compare the log-probs of the two longest rows with those of an ordinary forward pass; a sharded model is not tried."""

@@ -5,8 +5,18 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+begin = PartialState.__init__
+
+
+def begin_as_a_gpu(self, *args, **kwargs):
+    is_first = not PartialState._shared_state
+    begin(self, *args, **kwargs)
+    if is_first:  # later ones may say FSDP
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
 if __name__ == "__main__":
-    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    PartialState.__init__ = begin_as_a_gpu
 
     from dpo_helpers.__main__ import main
 

@@ -8,22 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dpo_helpers.__main__ import train
 from dpo_helpers.config import RunConfig
 
-LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+ROOT = Path(__file__).parent.parent
+DDP = ["--multi_gpu", "-m", "dpo_helpers"]
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 
 
-def launch(config: RunConfig, folder, mirror, program=("-m", "dpo_helpers"), fails=False):
+def launch(config: RunConfig, folder, mirror, program=DDP, fails=False):
     """Train in two processes; return the finished launcher and, unless that is expected to fail, metrics.json."""
     config.save(folder.with_suffix(".json"))
     options = ["train", "--config", folder.with_suffix(".json"), "--run-dir", folder, "--mirror", mirror, "--device", "cpu"]
     command = [sys.executable, "-m", *LAUNCH, *map(str, (*program, *options))]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done, None if fails else json.loads((folder / "metrics.json").read_text())
 
@@ -80,19 +80,19 @@ def launch_sharded(config, folder, state: str = "FULL_STATE_DICT", **options):
     return launch(config, folder, folder.with_name("mirror"), program, **options)
 
 
-def test_two_processes_with_half_of_the_weights_each_train_as_one_does_and_resume(two, tmp_path):
+@pytest.mark.versions
+def test_two_processes_with_half_of_the_weights_each_train_as_one_does_and_resume_to_the_same_bytes(two, tmp_path):
     config, _, _, together = two
     done, metrics = launch_sharded(config, tmp_path / "run")
-    assert "TRL の標準の計算で学習します" in done.stdout
+    assert "重みを分けて持つ学習では使えない" in done.stdout
     assert metrics["held_out"]["loss"] == pytest.approx(together["held_out"]["loss"], abs=1e-3)
-    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    adapter = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "dpo-000012")
     shutil.rmtree(tmp_path / "mirror")
     (tmp_path / "run" / "metrics.json").unlink()
     _, resumed = launch_sharded(config, tmp_path / "run")
-    assert resumed["resumed_at"] == [10] and resumed["held_out"]["loss"] == pytest.approx(metrics["held_out"]["loss"], abs=1e-6)
-    again = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    assert all(torch.allclose(adapter[name], again[name], atol=1e-6) for name in adapter)
+    assert (resumed["resumed_at"], resumed["held_out"]) == ([10], metrics["held_out"])
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_shards_without_the_adapters_own_files_are_refused(two, tmp_path):
