@@ -25,7 +25,7 @@ def test_no_figure_is_left_open():
 def test_every_file_and_command_that_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z][a-z0-9-]+)", README))
-    assert {"demo", "test", "recipe-search"} <= targets
+    assert {"demo", "test", "real-run"} <= targets
     assert [name for name in targets if not re.search(rf"^[^\t]*\b{name}\b.*:", makefile, re.MULTILINE)] == []
     for name in ("colab_dpo_training.ipynb", "dpo_training_experiment.ipynb", "LICENSE", "tests/demo_parameters.yaml"):
         assert name in README and (ROOT / name).is_file()

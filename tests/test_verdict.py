@@ -253,6 +253,7 @@ LABELS = {
     "equal_text": "undecided",
     "few_rows": "undecided",
     "ours_135m": "learned",
+    "usual_scale_135m": "undertrained",
     "no_warm_up_135m": "undertrained",  # it tells the answers apart and writes broken syllables, as its base does
 }
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import yaml
 
-from dpo_helpers.config import RunConfig
+from dpo_helpers.config import RunConfig, TrainingStopped
 from dpo_helpers.environment import find_machine
 from dpo_helpers.evaluation import score_rows
 from dpo_helpers.judge import evaluate_run, read_folder
 from dpo_helpers.monitoring import build_metrics
 from dpo_helpers.notebook import quiet_libraries
 from dpo_helpers.preferences import generate_preferences, split_rows
-from dpo_helpers.run import TrainingStopped, open_run
+from dpo_helpers.run import open_run
 from dpo_helpers.training import build_dpo_trainer, train_dpo, train_sft
 from dpo_helpers.verdict import describe_verdict, judge
 
