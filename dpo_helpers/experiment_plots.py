@@ -74,12 +74,14 @@ def plot_bars(outcomes: list[tuple], metrics: list[str]) -> ShownFigure:
                 continue
             result = estimate(values)
             axis.bar(i, result.mean, yerr=result.half_width, color=CHOSEN, capsize=4)
-            axis.annotate(f"{result.mean:.3g}", (i, max(result.mean, 0)), ha="center", va="bottom", fontsize=10)
+            top = result.mean + (result.half_width or 0)  # above the interval, whose line would strike the number out
+            axis.annotate(f"{result.mean:.3g}", (i, max(top, 0)), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=10)
         _draw_level(axis, metric)
         axis.set_xticks(range(len(settings)), names, rotation=30, ha="right")
         axis.set_xlabel(" / ".join(LABELS.get(name, name) for name in varied), fontsize=12)
         axis.set_xlim(-0.6, len(settings) - 0.4)
         axis.set_axisbelow(True)
+        axis.margins(y=0.12)
         if metric.endswith("accuracy"):
             axis.set_ylim(0, 1.08)  # the same in every panel
         _finish(figure, axis, metric, legend=False)
