@@ -81,7 +81,9 @@ soak: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/soak.py outputs/soak --kills $(KILLS)
 
 # What checkpoints and the mirror cost, at the default interval; the slow mirror takes 3 s for every file.
-bench-checkpoints: .venv/.installed
+bench-checkpoints: .venv/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py $(SHAPE_MODEL) outputs/bench-checkpoints/dialogpt-shape.json \
+		--rounds 2 --rows 250
 	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/embedded.json
 	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/slow.json --slow 3
 

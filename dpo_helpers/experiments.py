@@ -169,5 +169,5 @@ def run_experiment(arguments) -> int:
     quiet_libraries()
     outcomes = run_plan(plan, results, Workshop(find_machine(arguments.device)), arguments.retry_failed)
     for line in summarize_outcomes(outcomes):
-        print("、".join(f"{name} {value}" for name, value in line.items()))
+        print("、".join(f"{name} {value}" for name, value in line.items() if value != ""))
     return int(any(record["status"] == "failed" for _, record in outcomes))
