@@ -84,7 +84,7 @@ soak: .venv/.installed
 bench-checkpoints: .venv/.installed $(SHAPE_MODEL)/config.json
 	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py $(SHAPE_MODEL) outputs/bench-checkpoints/dialogpt-shape.json \
 		--rounds 2 --rows 250
-	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/embedded.json
+	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/embedded.json --rounds 5
 	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/slow.json --slow 3
 
 bench-live-view: .venv/.installed

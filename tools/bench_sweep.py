@@ -3,8 +3,8 @@
     python tools/bench_sweep.py MODEL_FOLDER RESULT.json [--rows 60] [--settings 8]
 
 Both sides train and score the same rows. Left out on both: start-up, loading models, building trainers, generated answers,
-saving results. The sweep's shared part (tokens and reference log-probs, once) counts in full. The two sides take turns, so that another
-process on the machine slows both.
+saving results. The sweep's shared part (tokens and reference log-probs, once) counts in full. The two sides take turns, so that
+another process on the machine slows both.
 """
 
 import argparse
