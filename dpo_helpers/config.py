@@ -5,7 +5,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 # Losses that TRL offers from 0.29.1 on and that need nothing but pairs of answers.
-LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "aot", "apo_zero", "apo_down", "sigmoid+sft")
+LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "aot",
+    "apo_zero",
+    "apo_down",
+    "sigmoid+sft",
+)
 TRAINERS = ("fast", "stock")
 REPORT_TARGETS = ("none", "tensorboard", "trackio", "wandb")
 
@@ -27,7 +38,9 @@ class TrainingStopped(UserError):
 
 
 def read_json(path, what: str):
-    """Return what a JSON file holds, with or without a byte order mark; `what` names it in the UserError where it cannot be read."""
+    """Return what a JSON file holds, with or without a byte order mark; `what` names it in the UserError
+    where it cannot be read.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -48,24 +61,38 @@ class RunConfig:
     (low, high), a tuple of choices, or None for free text.
     """
 
-    model_name: str = _knob("microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダー、または embedded", None)
+    model_name: str = _knob(
+        "microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダー、または embedded", None
+    )
     quantization: str = _knob(
-        "none", "ベースモデルの重みを 4-bit にするか（4bit は NVIDIA の GPU だけ。bitsandbytes を使う）", ("none", "4bit")
+        "none",
+        "ベースモデルの重みを 4-bit にするか（4bit は NVIDIA の GPU だけ。bitsandbytes を使う）",
+        ("none", "4bit"),
     )
     num_samples: int = _knob(1000, "生成する行数（学習用と評価用の合計）", (30, 50_000))
     held_out_fraction: float = _knob(0.2, "評価用に取り分ける概念の割合", (0.1, 0.5))
     seed: int = _knob(42, "乱数の種", (0, 2**31 - 1))
     num_train_epochs: float = _knob(1.0, "DPO のエポック数", (0.01, 100.0))
-    per_device_train_batch_size: int = _knob(1, "一度に計算する組の数（trainer が fast なら、まとめられるだけ自動で増やす）", (1, 256))
-    gradient_accumulation_steps: int = _knob(4, "何回分の勾配をためて更新するか（メモリーには影響しない）", (1, 1024))
+    per_device_train_batch_size: int = _knob(
+        1, "一度に計算する組の数（trainer が fast なら、まとめられるだけ自動で増やす）", (1, 256)
+    )
+    gradient_accumulation_steps: int = _knob(
+        4, "何回分の勾配をためて更新するか（メモリーには影響しない）", (1, 1024)
+    )
     learning_rate: float = _knob(5e-6, "DPO の学習率", (1e-9, 1.0))
     max_length: int = _knob(128, "質問と回答を合わせた長さの上限（トークン）", (16, 8192))
     beta: float = _knob(0.1, "参照モデルから離れにくくする強さ（大きいほど離れない）", (0.001, 10.0))
     loss_type: str = _knob("sigmoid", "DPO の損失の種類", LOSS_TYPES)
-    trainer: str = _knob("fast", "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid のとき）、stock は TRL のまま", TRAINERS)
+    trainer: str = _knob(
+        "fast",
+        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid のとき）、stock は TRL のまま",
+        TRAINERS,
+    )
     lora_rank: int = _knob(16, "LoRA のランク r", (1, 1024))
     lora_scale: float = _knob(16.0, "LoRA の倍率 alpha / r（学習率と並ぶ、効き目の強さ）", (0.01, 1024.0))
-    lora_targets: str = _knob("all-linear", "LoRA を付ける層。all-linear、default（PEFT の既定）、またはコンマ区切りの層名", None)
+    lora_targets: str = _knob(
+        "all-linear", "LoRA を付ける層。all-linear、default（PEFT の既定）、またはコンマ区切りの層名", None
+    )
     sft_epochs: float = _knob(2.0, "DPO の前の教師あり学習のエポック数（0 で行わない）", (0.0, 100.0))
     sft_learning_rate: float = _knob(1e-4, "教師あり学習の学習率", (1e-9, 1.0))
     max_grad_norm: float = _knob(1.0, "勾配クリッピングの上限（L2 ノルム）", (0.001, 1000.0))
@@ -76,7 +103,9 @@ class RunConfig:
     def __post_init__(self):
         problems = [text for item in fields(self) if (text := self._settle(item))]
         if problems:
-            raise UserError("設定に誤りがあります。次の値を直して、もう一度実行してください。\n" + "\n".join(problems))
+            raise UserError(
+                "設定に誤りがあります。次の値を直して、もう一度実行してください。\n" + "\n".join(problems)
+            )
 
     def _settle(self, item) -> str | None:
         """Convert one value to its declared type, or say in Japanese what is wrong with it."""
@@ -112,11 +141,15 @@ class RunConfig:
 
     @classmethod
     def from_form(cls, names: dict, file: str = "") -> "RunConfig":
-        """Read the notebook's form variables, the knobs' names in capitals, or, where one is given, a file instead of them."""
+        """Read the notebook's form variables, the knobs' names in capitals, or, where one is given, a file
+        instead of them.
+        """
         if file:
             print(f"設定は {file} から読みます（設定のセルの値は使いません）。")
             return cls.load(file)
-        return cls(**{item.name: names[item.name.upper()] for item in fields(cls) if item.name.upper() in names})
+        return cls(
+            **{item.name: names[item.name.upper()] for item in fields(cls) if item.name.upper() in names}
+        )
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -135,9 +168,15 @@ class RunConfig:
     def replace(self, values: dict, source: str = "設定") -> "RunConfig":
         """Return a copy with some values changed; an unknown name raises UserError with the known ones."""
         known = [item.name for item in fields(self)]
-        unknown = [name for name in values if name not in known] if isinstance(values, dict) else ["（オブジェクトではありません）"]
+        unknown = (
+            [name for name in values if name not in known]
+            if isinstance(values, dict)
+            else ["（オブジェクトではありません）"]
+        )
         if unknown:
-            raise UserError(f"{source} に知らない項目があります：{', '.join(unknown)}。使える項目：{', '.join(known)}")
+            raise UserError(
+                f"{source} に知らない項目があります：{', '.join(unknown)}。使える項目：{', '.join(known)}"
+            )
         return RunConfig(**{**asdict(self), **values})
 
     def differences(self, other: "RunConfig") -> list[str]:

@@ -16,7 +16,9 @@ def write_json(path, value) -> None:
 
 def write_rows(path, rows: list[dict]) -> None:
     """Write rows as JSON Lines, UTF-8, one a line."""
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    Path(path).write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def write_in_place(path: Path, source, mode: str | None = None) -> None:
@@ -31,7 +33,8 @@ def write_in_place(path: Path, source, mode: str | None = None) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file over another and read it back; raises OSError where that does not work or does not match.
 
-    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this machine.
+    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this
+    machine.
     """
     target.parent.mkdir(exist_ok=True)
     with open(source, "rb") as content:

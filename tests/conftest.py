@@ -1,4 +1,6 @@
-"""What several tests share: the tokenizers of real models, a tiny model of each layout, and one small finished run."""
+"""What several tests share: the tokenizers of real models, a tiny model of each layout, and one small
+finished run.
+"""
 
 import lzma
 from pathlib import Path
@@ -21,7 +23,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rows():
-    from dpo_helpers.preferences import generate_preferences
+    from dpo_helpers.data.generate import generate_preferences
 
     return generate_preferences(1000, seed=42)
 
@@ -31,7 +33,9 @@ def open_tokenizer(name: str, end: str):
     from transformers import PreTrainedTokenizerFast
 
     text = lzma.decompress((FIXTURES / f"{name}_tokenizer.json.xz").read_bytes()).decode()
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end, pad_token=end
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,23 +50,35 @@ def smollm2_tokenizer():
 
 @pytest.fixture(scope="session")
 def embedded_folder():
-    from dpo_helpers.modeling import make_embedded_model
+    from dpo_helpers.model.load import make_embedded_model
 
     return make_embedded_model(seed=42, held_out_fraction=0.2)
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, embedded_folder):
-    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D) and Llama (Linear)."""
+    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D) and Llama
+    (Linear).
+    """
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": len(tokenizer), "initializer_range": 0.2}
+    ids = {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "vocab_size": len(tokenizer),
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(0)
     models = {
         "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **ids)),
-        "llama": LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **ids)),
+        "llama": LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **ids
+            )
+        ),
     }
     folders = {}
     for name, model in models.items():
@@ -82,10 +98,12 @@ def drive(tmp_path, monkeypatch):
 
 @pytest.fixture
 def colab(tmp_path, monkeypatch):
-    """A kernel of Colab: google.colab is imported, and Drive is not yet mounted; the working folder is empty."""
+    """A kernel of Colab: google.colab is imported, and Drive is not yet mounted; the working folder is
+    empty.
+    """
     from fake_colab import FakeColab
 
-    from dpo_helpers import storage
+    from dpo_helpers.keep import storage
 
     fake = FakeColab(tmp_path / "colab", monkeypatch)
     monkeypatch.setattr(storage, "DRIVE_ROOT", fake.mount_point)
@@ -97,8 +115,8 @@ def colab(tmp_path, monkeypatch):
 @pytest.fixture
 def start_run(tmp_path):
     """A function that opens a run on the CPU with given rows; all of them are closed after the test."""
-    from dpo_helpers.environment import find_machine
-    from dpo_helpers.run import open_run
+    from dpo_helpers.keep.run import open_run
+    from dpo_helpers.machine import find_machine
 
     opened = []
 
@@ -114,13 +132,19 @@ def start_run(tmp_path):
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_models, rows, tmp_path_factory):
-    """The run and the trainer of a tiny training with a warm-up that nothing disturbs, logged at every step, and saved."""
+    """The run and the trainer of a tiny training with a warm-up that nothing disturbs, logged at every
+    step, and saved.
+    """
     from tiny_run import make_config, save, train
 
-    from dpo_helpers.environment import find_machine
-    from dpo_helpers.run import open_run
+    from dpo_helpers.keep.run import open_run
+    from dpo_helpers.machine import find_machine
 
-    run = open_run(make_config(tiny_models, logging_steps=1), tmp_path_factory.mktemp("undisturbed") / "run", find_machine("cpu"))
+    run = open_run(
+        make_config(tiny_models, logging_steps=1),
+        tmp_path_factory.mktemp("undisturbed") / "run",
+        find_machine("cpu"),
+    )
     run.use_rows(rows[:32], rows[32:40])
     trainer = train(run)
     save(run, trainer)

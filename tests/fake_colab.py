@@ -1,4 +1,6 @@
-"""A google.colab of ours, which behaves as the real one was seen to; its Drive is a folder that outlives a mount."""
+"""A google.colab of ours, which behaves as the real one was seen to; its Drive is a folder that outlives a
+mount.
+"""
 
 import sys
 from pathlib import Path
@@ -12,12 +14,16 @@ class MessageError(Exception):
 ANSWERS = {  # what the user may do when Drive asks, and what mount() then raises
     "declined": MessageError("Error: credential propagation was unsuccessful"),
     "no answer for 120 s": ValueError("mount failed"),
-    "forbidden": ValueError("The domain policy has disabled Drive File Stream: https://support.google.com/a/answer/7496409"),
+    "forbidden": ValueError(
+        "The domain policy has disabled Drive File Stream: https://support.google.com/a/answer/7496409"
+    ),
 }
 
 
 class FakeColab:
-    """`answer` is a key of ANSWERS or "yes", `picked` what is chosen for an upload, `flush_seconds` what the last writes take."""
+    """`answer` is a key of ANSWERS or "yes", `picked` what is chosen for an upload, `flush_seconds` what
+    the last writes take.
+    """
 
     def __init__(self, folder, monkeypatch):
         self.mount_point, self.cloud = folder / "mount", folder / "cloud"
@@ -43,7 +49,10 @@ class FakeColab:
         if self.answer != "yes":
             raise ANSWERS[self.answer]
         if self.drive.is_symlink() and not force_remount:
-            print(f'Drive already mounted at {mountpoint}; to attempt to forcibly remount, call drive.mount("{mountpoint}", True).')
+            print(
+                f"Drive already mounted at {mountpoint}; to attempt to forcibly remount, call "
+                f'drive.mount("{mountpoint}", True).'
+            )
             return
         if self.mount_point.is_symlink():
             raise ValueError("Mountpoint must not be a symlink")
@@ -65,7 +74,9 @@ class FakeColab:
         self.drive.unlink()
 
     def upload(self):
-        """Save the picked files in the working folder, beside older ones of the same name, and return {name: bytes}."""
+        """Save the picked files in the working folder, beside older ones of the same name, and return
+        {name: bytes}.
+        """
         for name, content in self.picked.items():
             path = Path(name)
             while path.exists():

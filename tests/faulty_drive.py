@@ -1,4 +1,6 @@
-"""A folder that stands for Google Drive and fails as told, for the tests of the mirror and of whole trainings."""
+"""A folder that stands for Google Drive and fails as told, for the tests of the mirror and of whole
+trainings.
+"""
 
 import builtins
 import errno
@@ -7,13 +9,17 @@ import threading
 from pathlib import Path
 
 from dpo_helpers import files
-from dpo_helpers.mirror import find_valid_slots
+from dpo_helpers.keep.mirror import find_valid_slots
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def steps(folder):
@@ -26,21 +32,31 @@ def no_fault(operation, path, data):
 
 
 class Drive:
-    """Stands between the package and the mirror's folder: every operation there passes `fault(operation, path, data)`.
+    """Stands between the package and the mirror's folder: every operation there passes `fault(operation,
+    path, data)`.
 
-    What it returns is written, without a buffer that a kill could still flush; what it raises, the package meets.
+    What it returns is written, without a buffer that a kill could still flush; what it raises, the package
+    meets.
     """
 
     def __init__(self, root, monkeypatch):
         self.root, self.fault, self.numbers = root, no_fault, {}
         mkdir, stat = os.mkdir, os.stat
         monkeypatch.setattr(files, "open", self.open, raising=False)
-        monkeypatch.setattr(os, "mkdir", lambda path, *rest: (self.touch("mkdir", path), mkdir(path, *rest))[1])
-        monkeypatch.setattr(os, "stat", lambda path, **options: (self.touch("stat", path), stat(path, **options))[1])
-        monkeypatch.setattr(os, "fsync", lambda number: self.touch("fsync", self.numbers.get(number, "")))  # and no waiting for a disk
+        monkeypatch.setattr(
+            os, "mkdir", lambda path, *rest: (self.touch("mkdir", path), mkdir(path, *rest))[1]
+        )
+        monkeypatch.setattr(
+            os, "stat", lambda path, **options: (self.touch("stat", path), stat(path, **options))[1]
+        )
+        monkeypatch.setattr(
+            os, "fsync", lambda number: self.touch("fsync", self.numbers.get(number, ""))
+        )  # and no waiting for a disk
 
     def hang(self, *names):
-        """Let writes to files of these names wait for the event that is returned; `hangs` is set once one does."""
+        """Let writes to files of these names wait for the event that is returned; `hangs` is set once one
+        does.
+        """
         answers, self.hangs = threading.Event(), threading.Event()
 
         def fault(operation, path, data):
@@ -53,7 +69,11 @@ class Drive:
         return answers
 
     def touch(self, operation, path, data=b""):
-        return self.fault(operation, Path(path), data) if not isinstance(path, int) and Path(path).is_relative_to(self.root) else data
+        return (
+            self.fault(operation, Path(path), data)
+            if not isinstance(path, int) and Path(path).is_relative_to(self.root)
+            else data
+        )
 
     def open(self, path, mode):
         self.touch("read" if mode == "rb" else "open", path)
@@ -143,7 +163,10 @@ FAULTS = {
     "quota": (fail(errno.EDQUOT, "fsync"), "空き容量が足りません"),
     "input/output error": (fail(errno.EIO, "write"), "つながりません"),
     "input/output error at the end": (fail(errno.EIO, "fsync"), "つながりません"),
-    "not connected": (fail(errno.ENOTCONN, "mkdir", "stat", "open", "read", "write", "truncate", "fsync"), "つながりません"),
+    "not connected": (
+        fail(errno.ENOTCONN, "mkdir", "stat", "open", "read", "write", "truncate", "fsync"),
+        "つながりません",
+    ),
     "input/output error at the reading back": (fail(errno.EIO, "read"), "つながりません"),
     "read-only": (fail(errno.EROFS, "mkdir", "open"), "読み取り専用"),
     "forbidden": (fail(errno.EACCES, "open"), "読み取り専用"),

@@ -1,4 +1,6 @@
-"""`python -m dpo_helpers`, with its CPU processes called GPUs: accelerate shards a model (FSDP) on accelerators alone."""
+"""`python -m dpo_helpers`, with its CPU processes called GPUs: accelerate shards a model (FSDP) on
+accelerators alone.
+"""
 
 import sys
 

@@ -25,7 +25,9 @@ def test_settings_come_as_name_and_value_in_either_case():
         ([], "つながらず"),  # the default model, without a network
     ],
 )
-def test_a_problem_that_the_user_can_solve_ends_with_2_and_its_message(arguments, words, tmp_path, monkeypatch, capsys):
+def test_a_problem_that_the_user_can_solve_ends_with_2_and_its_message(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err
@@ -35,7 +37,17 @@ def test_a_problem_that_the_user_can_solve_ends_with_2_and_its_message(arguments
 @pytest.mark.versions
 def test_training_from_a_terminal_leaves_the_same_files_as_the_notebook(tiny_models, tmp_path, capsys):
     RunConfig(model_name=str(tiny_models["gpt2"]), num_samples=30, sft_epochs=0).save(tmp_path / "c.json")
-    arguments = ["train", "--config", str(tmp_path / "c.json"), "--set", "seed=1", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    arguments = [
+        "train",
+        "--config",
+        str(tmp_path / "c.json"),
+        "--set",
+        "seed=1",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 0
     assert json.loads((tmp_path / "run" / "run_config.json").read_text())["seed"] == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["rows"] == 6
@@ -45,11 +57,18 @@ def test_training_from_a_terminal_leaves_the_same_files_as_the_notebook(tiny_mod
 
 
 def test_the_package_is_light_to_import():
-    """In a fresh interpreter: no torch and nothing heavy, because these modules must work where torch is broken."""
+    """In a fresh interpreter: no torch and nothing heavy, because these modules must work where torch is
+    broken.
+    """
     code = (
-        "import sys, time; start = time.perf_counter(); import dpo_helpers; first = time.perf_counter() - start\n"
-        "import dpo_helpers.config, dpo_helpers.environment, dpo_helpers.quick_fix, dpo_helpers.preferences, dpo_helpers.__main__\n"
-        "print(first, [n for n in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'pandas', 'matplotlib', 'psutil') if n in sys.modules])"
+        "import sys, time; start = time.perf_counter(); import dpo_helpers; first = "
+        "time.perf_counter() - start\n"
+        "import dpo_helpers.config, dpo_helpers.machine, dpo_helpers.setup.quick_fix, "
+        "dpo_helpers.data.generate, dpo_helpers.__main__\n"
+        "print(first, [n for n in ('torch', 'transformers', 'trl', 'peft', 'datasets', "
+        "'pandas', 'matplotlib', 'psutil') if n in sys.modules])"
     )
-    seconds, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(" ", 1)
+    seconds, heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split(" ", 1)
     assert float(seconds) < 0.2 and heavy.strip() == "[]"

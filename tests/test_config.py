@@ -9,8 +9,17 @@ from dpo_helpers.config import RunConfig, UserError
 def test_the_seeds_values_are_the_defaults():
     config = RunConfig()
     assert config.model_name == "microsoft/DialoGPT-small"
-    assert (config.num_samples, config.num_train_epochs, config.learning_rate, config.max_length) == (1000, 1.0, 5e-6, 128)
-    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.effective_batch_size) == (1, 4, 4)
+    assert (config.num_samples, config.num_train_epochs, config.learning_rate, config.max_length) == (
+        1000,
+        1.0,
+        5e-6,
+        128,
+    )
+    assert (
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.effective_batch_size,
+    ) == (1, 4, 4)
     assert config.lora_alpha == config.lora_scale * config.lora_rank
 
 
@@ -27,7 +36,9 @@ def test_every_numeric_knob_has_a_range_that_it_refuses_to_leave():
 def test_all_violations_are_told_at_once():
     with pytest.raises(UserError) as error:
         RunConfig(beta=0, learning_rate="fast", loss_type="unknown", seed=1.5)
-    assert all(name in str(error.value) for name in ("beta", "learning_rate", "loss_type", "seed", "sigmoid", "整数"))
+    assert all(
+        name in str(error.value) for name in ("beta", "learning_rate", "loss_type", "seed", "sigmoid", "整数")
+    )
 
 
 @pytest.mark.parametrize("value", [True, None, float("nan"), "", [1]])
@@ -37,7 +48,9 @@ def test_values_of_a_wrong_kind_are_refused(value):
 
 
 def test_numbers_may_come_as_text():
-    assert RunConfig(learning_rate="5e-6", num_samples="300", sft_epochs="0") == RunConfig(num_samples=300, sft_epochs=0)
+    assert RunConfig(learning_rate="5e-6", num_samples="300", sft_epochs="0") == RunConfig(
+        num_samples=300, sft_epochs=0
+    )
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

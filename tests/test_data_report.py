@@ -1,4 +1,4 @@
-from dpo_helpers.baselines import share_right
+from dpo_helpers.judge.baselines import share_right
 from tools.data_report import compare_characters, share_by_kind
 from tools.show_answers import count_checks, make_table
 
@@ -37,7 +37,12 @@ def test_a_table_shows_marks_and_line_breaks_as_they_are():
 
 def test_answers_are_counted_by_stage():
     answers = [
-        {"質問": "変数とは？", "①": "変数変数変数変数変数変数", "③": "変数は、値の名前です。", "お手本": "変数です。"},
+        {
+            "質問": "変数とは？",
+            "①": "変数変数変数変数変数変数",
+            "③": "変数は、値の名前です。",
+            "お手本": "変数です。",
+        },
         {"質問": "定数とは？", "①": "値です。", "③": "定数は、変えない値です。", "お手本": "定数です。"},
     ]
     assert count_checks(answers, [{"concept": "変数"}, {"concept": "定数"}]) == [

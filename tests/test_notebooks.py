@@ -36,7 +36,9 @@ def parameters(name):
 
 
 def test_notebooks_and_package_are_in_step():
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "embed_helpers.py"), "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "embed_helpers.py"), "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, f"run `make notebooks`: {done.stdout}"
 
 
@@ -46,13 +48,21 @@ def test_the_notebook_is_valid_and_clean(name):
     nbformat.validate(notebook)
     assert set(notebook.metadata) == {"accelerator", "colab", "kernelspec", "language_info"}
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert all(
+        cell.outputs == [] and cell.execution_count is None
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    )
     assert all(set(cell.metadata) <= {"tags", "cellView"} for cell in notebook.cells)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cells_are_short_and_explained(name):
-    lengths = [len(cell.source.splitlines()) for cell in own_code(name) if "parameters" not in cell.metadata.get("tags", [])]
+    lengths = [
+        len(cell.source.splitlines())
+        for cell in own_code(name)
+        if "parameters" not in cell.metadata.get("tags", [])
+    ]
     assert statistics.median(lengths) <= 6 and max(lengths) <= 15
     assert len(read_cells(name, "markdown")) >= len(lengths)
 
@@ -65,28 +75,44 @@ def test_prose_is_japanese(name):
 def test_one_cell_holds_every_knob_with_the_packages_default():
     assert parameters(NAMES[0]) == {name.upper(): value for name, value in asdict(RunConfig()).items()}
     for line in tagged(NAMES[0], "parameters").source.splitlines()[1:]:
-        assert re.fullmatch(r'[A-Z_]+ = \S+ #@param (\{type:"(integer|number|string)"\}|\[.*\]( \{allow-input: true\})?)', line), line
+        assert re.fullmatch(
+            r'[A-Z_]+ = \S+ #@param (\{type:"(integer|number|string)"\}|\[.*\]( \{allow-input: true\})?)',
+            line,
+        ), line
 
 
 def test_the_choices_in_the_forms_are_the_packages():
+    
+
     from dpo_helpers.config import LOSS_TYPES, REPORT_TARGETS, TRAINERS
-    from dpo_helpers.model_menu import MENU
 
     source, models = tagged(NAMES[0], "parameters").source, (*(entry.name for entry in MENU), "embedded")
-    for knob, choices in (("LOSS_TYPE", LOSS_TYPES), ("REPORT_TO", REPORT_TARGETS), ("TRAINER", TRAINERS), ("MODEL_NAME", models)):
-        assert tuple(json.loads(re.search(rf"^{knob} = .*#@param (\[.*\])", source, re.MULTILINE).group(1))) == choices
+    for knob, choices in (
+        ("LOSS_TYPE", LOSS_TYPES),
+        ("REPORT_TO", REPORT_TARGETS),
+        ("TRAINER", TRAINERS),
+        ("MODEL_NAME", models),
+    ):
+        assert (
+            tuple(json.loads(re.search(rf"^{knob} = .*#@param (\[.*\])", source, re.MULTILINE).group(1)))
+            == choices
+        )
 
 
 def test_no_number_is_set_below_the_parameter_cell():
     cells = own_code(NAMES[0])
-    below = cells[next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])) + 1 :]
+    below = cells[
+        next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])) + 1 :
+    ]
     numbers = [
         (cell.source, node.value.value)
         for cell in below
         for node in ast.walk(ast.parse(cell.source))
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, (int, float))
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, (int, float))
         and not isinstance(node.value.value, bool)
-    ]  # fmt: skip
+    ]
     assert numbers == []
 
 
@@ -107,7 +133,9 @@ def run_helpers_cell(capsys):
 def empty_machine(tmp_path, monkeypatch):
     """A working folder and import path on which no dpo_helpers is found."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", *(path for path in sys.path if path and Path(path).resolve() != ROOT)])
+    monkeypatch.setattr(
+        sys, "path", ["", *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+    )
     saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "dpo_helpers"}
     importlib.invalidate_caches()
     yield tmp_path
@@ -122,16 +150,24 @@ def test_the_cell_writes_the_whole_package_and_then_uses_it(empty_machine, capsy
     for path in [*(ROOT / "dpo_helpers").glob("*.py"), *(ROOT / "dpo_helpers").glob("*.json")]:
         assert (empty_machine / "dpo_helpers" / path.name).read_bytes() == path.read_bytes()
     assert "そのまま使います" in run_helpers_cell(capsys)
-    assert importlib.import_module("dpo_helpers.config").__file__ == str(empty_machine / "dpo_helpers" / "config.py")
+    assert importlib.import_module("dpo_helpers.config").__file__ == str(
+        empty_machine / "dpo_helpers" / "config.py"
+    )
 
 
 def write_older_copy(folder):
-    """Make what an older notebook would have written: other contents, and the stamp of just these contents."""
+    """Make what an older notebook would have written: other contents, and the stamp of just these
+    contents.
+    """
     (folder / "config.py").write_text("OLD = True\n")
     names = {p.name: p.read_text() for p in folder.iterdir() if p.suffix in (".py", ".json")}
     source = tagged(NAMES[0], "helpers").source
     scope = {}
-    exec(source[source.index("def package_hash") : source.index("def install_package")], {"hashlib": __import__("hashlib")}, scope)
+    exec(
+        source[source.index("def package_hash") : source.index("def install_package")],
+        {"hashlib": __import__("hashlib")},
+        scope,
+    )
     (folder / ".written_by_notebook").write_text(scope["package_hash"](names))
 
 
@@ -139,7 +175,9 @@ def test_a_copy_of_an_older_notebook_is_replaced_and_kept_beside(empty_machine, 
     run_helpers_cell(capsys)
     write_older_copy(empty_machine / "dpo_helpers")
     assert "新しくしました" in run_helpers_cell(capsys)
-    assert (empty_machine / "dpo_helpers" / "config.py").read_text() == (ROOT / "dpo_helpers" / "config.py").read_text()
+    assert (empty_machine / "dpo_helpers" / "config.py").read_text() == (
+        ROOT / "dpo_helpers" / "config.py"
+    ).read_text()
     (old,) = empty_machine.glob("dpo_helpers_old_*")
     assert (old / "config.py").read_text() == "OLD = True\n"
 
@@ -155,13 +193,24 @@ def test_the_users_own_changes_are_used_and_told(empty_machine, capsys):
 def test_an_injected_switch_wins_over_the_form(monkeypatch):
     import IPython
 
-    from dpo_helpers.notebook import injected
+    from dpo_helpers.tables import injected
 
     class Shell:
-        user_ns = {"In": ["", "USE_DRIVE = True", '# Parameters\nUSE_DRIVE = False\nNAME = "x"\n', "USE_DRIVE = True"]}  # noqa: RUF012
+        user_ns = {
+            "In": [
+                "",
+                "USE_DRIVE = True",
+                '# Parameters\nUSE_DRIVE = False\nNAME = "x"\n',
+                "USE_DRIVE = True",
+            ]
+        }
 
     monkeypatch.setattr(IPython, "get_ipython", Shell)
-    assert injected("USE_DRIVE", True) is False and injected("NAME", "y") == "x" and injected("QUICK_FIX", True) is True
+    assert (
+        injected("USE_DRIVE", True) is False
+        and injected("NAME", "y") == "x"
+        and injected("QUICK_FIX", True) is True
+    )
 
 
 def test_a_users_problem_shows_as_its_message_alone():
@@ -171,7 +220,7 @@ def test_a_users_problem_shows_as_its_message_alone():
 
 
 def test_a_table_shows_counts_as_whole_numbers_beside_fractions():
-    from dpo_helpers.notebook import show_table
+    from dpo_helpers.tables import show_table
 
     html = show_table([{"値": 1000}, {"値": 0.5}]).to_html()
     assert ">1000<" in html and ">0.5000<" in html

@@ -27,19 +27,26 @@ def test_every_file_and_command_that_it_names_exists():
     targets = set(re.findall(r"make ([a-z][a-z0-9-]+)", README))
     assert {"demo", "test", "real-run"} <= targets
     assert [name for name in targets if not re.search(rf"^[^\t]*\b{name}\b.*:", makefile, re.MULTILINE)] == []
-    for name in ("colab_dpo_training.ipynb", "dpo_training_experiment.ipynb", "LICENSE", "tests/demo_parameters.yaml"):
+    for name in (
+        "colab_dpo_training.ipynb",
+        "dpo_training_experiment.ipynb",
+        "LICENSE",
+        "tests/demo_parameters.yaml",
+    ):
         assert name in README and (ROOT / name).is_file()
 
 
 @pytest.mark.versions
 def test_the_local_example_answers_from_the_saved_folder(finished_run, tmp_path):
-    (code,) = (block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "PeftModel" in block)
+    (code,) = (
+        block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "PeftModel" in block
+    )
     code = code.replace('Path("run")', f"Path({str(finished_run[0])!r})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-1500:]
 
-    from dpo_helpers.inference import generate_response
-    from dpo_helpers.storage import load_run
+    from dpo_helpers.keep.storage import load_run
+    from dpo_helpers.model.answer import generate_response
 
     model, tokenizer, _ = load_run(finished_run[0])
     assert done.stdout.strip() == generate_response(model, tokenizer, "質問: AIとは何ですか？")

@@ -6,10 +6,23 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 # Colab's GPU image of 2026-08-19; trl, matplotlib-fontja and sacrebleu are not on it
 COLAB = {
-    "torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "datasets": "4.0.0", "accelerate": "1.14.0",
-    "huggingface-hub": "1.27.0", "tokenizers": "0.22.2", "matplotlib": "3.10.0", "ipywidgets": "7.7.1", "pandas": "2.2.3",
-    "psutil": "5.9.5", "packaging": "26.3", "numpy": "2.1.3", "pyarrow": "18.1.0", "openpyxl": "3.1.5", "tqdm": "4.67.3",
-}  # fmt: skip
+    "torch": "2.11.0",
+    "transformers": "5.15.0",
+    "peft": "0.20.0",
+    "datasets": "4.0.0",
+    "accelerate": "1.14.0",
+    "huggingface-hub": "1.27.0",
+    "tokenizers": "0.22.2",
+    "matplotlib": "3.10.0",
+    "ipywidgets": "7.7.1",
+    "pandas": "2.2.3",
+    "psutil": "5.9.5",
+    "packaging": "26.3",
+    "numpy": "2.1.3",
+    "pyarrow": "18.1.0",
+    "openpyxl": "3.1.5",
+    "tqdm": "4.67.3",
+}
 NOT_ON_COLAB = {"trl", "matplotlib-fontja", "sacrebleu"}
 
 
@@ -28,22 +41,40 @@ def test_every_range_holds_colabs_version_so_that_installing_there_moves_nothing
 def test_both_sets_of_tested_versions_lie_in_the_ranges():
     ranges = read("requirements.txt")
     for name in ("constraints.txt", "constraints-colab.txt"):
-        tested = {package: str(requirement.specifier).removeprefix("==") for package, requirement in read(name).items()}
-        assert [package for package in ranges if package in tested and tested[package] not in ranges[package].specifier] == []
+        tested = {
+            package: str(requirement.specifier).removeprefix("==")
+            for package, requirement in read(name).items()
+        }
+        assert [
+            package
+            for package in ranges
+            if package in tested and tested[package] not in ranges[package].specifier
+        ] == []
         assert name == "constraints-colab.txt" or set(ranges) <= set(tested)
 
 
 def test_the_low_end_is_colabs():
-    tested = {package: str(requirement.specifier) for package, requirement in read("constraints-colab.txt").items()}
-    assert {name: tested[name] for name in COLAB if name != "torch"} == {name: f"=={v}" for name, v in COLAB.items() if name != "torch"}
+    tested = {
+        package: str(requirement.specifier) for package, requirement in read("constraints-colab.txt").items()
+    }
+    assert {name: tested[name] for name in COLAB if name != "torch"} == {
+        name: f"=={v}" for name, v in COLAB.items() if name != "torch"
+    }
     assert tested["trl"] == "==0.29.1"
 
 
 def test_only_packages_that_are_declared_are_imported():
-    known = {name.replace("-", "_") for name in read("requirements.txt")} | {"dpo_helpers", "google", "IPython"}
+    known = {name.replace("-", "_") for name in read("requirements.txt")} | {
+        "dpo_helpers",
+        "google",
+        "IPython",
+    }
     import sys
 
     imported = set()
     for path in (ROOT / "dpo_helpers").glob("*.py"):
-        imported |= {match.group(1) for match in re.finditer(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)}
+        imported |= {
+            match.group(1)
+            for match in re.finditer(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        }
     assert imported - known - set(sys.stdlib_module_names) == set()

@@ -1,4 +1,6 @@
-"""The tools behind the Makefile's measurements run for hours, rarely: what they import must be there all the same."""
+"""The tools behind the Makefile's measurements run for hours, rarely: what they import must be there all
+the same.
+"""
 
 import importlib.util
 from pathlib import Path

@@ -1,8 +1,10 @@
-"""Measure what checkpoints and mirroring cost: the same DPO training with and without them, alternating, in one process.
+"""Measure what checkpoints and mirroring cost: the same DPO training with and without them, alternating, in
+one process.
 
     python tools/bench_checkpoints.py MODEL_FOLDER|embedded RESULT.json [--rounds 3] [--rows 400]
 
-The mirror is a folder of this machine, or a slow one: `--slow SECONDS` makes every write there last that long.
+The mirror is a folder of this machine, or a slow one: `--slow SECONDS` makes every write there last that
+long.
 """
 
 import argparse
@@ -12,22 +14,30 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo_helpers import mirror
 from dpo_helpers.config import RunConfig
-from dpo_helpers.environment import find_machine
-from dpo_helpers.notebook import quiet_libraries
-from dpo_helpers.preferences import generate_preferences, split_rows
-from dpo_helpers.run import open_run
-from dpo_helpers.training import build_dpo_trainer, train_dpo
+from dpo_helpers.data.generate import generate_preferences, split_rows
+from dpo_helpers.keep import mirror
+from dpo_helpers.keep.run import open_run
+from dpo_helpers.machine import find_machine
+from dpo_helpers.tables import quiet_libraries
+from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo
 
 
 def measure(config: RunConfig, sides, with_checkpoints: bool) -> float:
     """Return the seconds of one DPO training, the mirror's last wait left out."""
     with tempfile.TemporaryDirectory() as folder:
-        run = open_run(config, Path(folder) / "run", find_machine("cpu"), Path(folder) / "drive" if with_checkpoints else None)
+        run = open_run(
+            config,
+            Path(folder) / "run",
+            find_machine("cpu"),
+            Path(folder) / "drive" if with_checkpoints else None,
+        )
         run.use_rows(*sides)
         trainer = build_dpo_trainer(run)
-        trainer.args.eval_strategy, trainer.args.eval_on_start = "no", False  # the evaluation is there with or without
+        trainer.args.eval_strategy, trainer.args.eval_on_start = (
+            "no",
+            False,
+        )  # the evaluation is there with or without
         if not with_checkpoints:
             trainer.args.save_strategy = "no"
         start = time.perf_counter()
@@ -38,7 +48,9 @@ def measure(config: RunConfig, sides, with_checkpoints: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("result", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -47,7 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     config = RunConfig(model_name=arguments.model, num_samples=arguments.rows, sft_epochs=0)
-    sides = split_rows(generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed)
+    sides = split_rows(
+        generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed
+    )
     write = mirror.write_in_place
 
     def write_slowly(path, source):

@@ -2,8 +2,8 @@
 
     python tools/bench_generate.py MODEL_FOLDER|embedded outputs/bench_generate.json [--threads 2] [--rounds 5] [--questions 32]
 
-It counts how many greedy answers are the same both ways. Take a trained model for that: random weights make near ties, which
-the rounding of another batch size decides otherwise.
+It counts how many greedy answers are the same both ways. Take a trained model for that: random weights make
+near ties, which the rounding of another batch size decides otherwise.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("result", type=Path)
     parser.add_argument("--threads", type=int, default=2)
@@ -25,15 +27,17 @@ def main() -> None:
     import torch
 
     from dpo_helpers.config import RunConfig
-    from dpo_helpers.inference import generate_response
-    from dpo_helpers.modeling import load_base_model
-    from dpo_helpers.notebook import quiet_libraries
-    from dpo_helpers.preferences import generate_preferences
+    from dpo_helpers.data.generate import generate_preferences
+    from dpo_helpers.model.answer import generate_response
+    from dpo_helpers.model.load import load_base_model
+    from dpo_helpers.tables import quiet_libraries
 
     torch.set_num_threads(arguments.threads)
     quiet_libraries()
     model, tokenizer = load_base_model(RunConfig(model_name=arguments.model))
-    questions = list(dict.fromkeys(row["prompt"] for row in generate_preferences(1000, seed=42)))[: arguments.questions]
+    questions = list(dict.fromkeys(row["prompt"] for row in generate_preferences(1000, seed=42)))[
+        : arguments.questions
+    ]
     limit = {"max_new_tokens": arguments.max_new_tokens}
 
     def answer_alone():
@@ -52,13 +56,17 @@ def main() -> None:
             cpu_seconds.setdefault(name, []).append(time.process_time() - cpu_start)
 
     def compare(times):
-        return round(statistics.median(a / b for a, b in zip(times["alone"], times["together"], strict=True)), 2)
+        return round(
+            statistics.median(a / b for a, b in zip(times["alone"], times["together"], strict=True)), 2
+        )
 
     result = {
         "model": arguments.model,
         "questions": len(questions),
         "ratio": compare(seconds),
-        "ratio_of_cpu_seconds": compare(cpu_seconds),  # what to look at where other programs share the machine
+        "ratio_of_cpu_seconds": compare(
+            cpu_seconds
+        ),  # what to look at where other programs share the machine
         "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
         "same_answers": sum(a == b for a, b in zip(answers["alone"], answers["together"], strict=True)),
         "mean_characters": round(statistics.mean(map(len, answers["together"])), 1),

@@ -1,4 +1,5 @@
-"""Measure what the live view costs: a short real training with and without it, alternating, then its log replayed redraw by redraw.
+"""Measure what the live view costs: a short real training with and without it, alternating, then its log
+replayed redraw by redraw.
 
     python tools/bench_live_view.py [RESULT.json] [--model embedded] [--rows 300] [--rounds 3]
 
@@ -13,13 +14,13 @@ import time
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.environment import find_machine
-from dpo_helpers.live_display import LiveDisplay
-from dpo_helpers.live_view import LiveView
-from dpo_helpers.notebook import quiet_libraries
-from dpo_helpers.preferences import generate_preferences, split_rows
-from dpo_helpers.run import open_run
-from dpo_helpers.training import build_dpo_trainer
+from dpo_helpers.data.generate import generate_preferences, split_rows
+from dpo_helpers.keep.run import open_run
+from dpo_helpers.machine import find_machine
+from dpo_helpers.tables import quiet_libraries
+from dpo_helpers.train.live_display import LiveDisplay
+from dpo_helpers.train.live_view import LiveView
+from dpo_helpers.train.trainers import build_dpo_trainer
 
 
 class PackingDisplay:
@@ -70,25 +71,40 @@ def replay(log: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("result", type=Path, nargs="?")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     quiet_libraries()
-    config = RunConfig(model_name=arguments.model, num_samples=arguments.rows, sft_epochs=0, per_device_train_batch_size=4,
-                       gradient_accumulation_steps=1)  # fmt: skip
-    sides = split_rows(generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed)
+    config = RunConfig(
+        model_name=arguments.model,
+        num_samples=arguments.rows,
+        sft_epochs=0,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+    )
+    sides = split_rows(
+        generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed
+    )
     train(config, sides, None)  # caches and imports
     seconds, paid = {False: [], True: []}, []
     for turn in range(arguments.rounds):
-        for with_view in (True, False) if turn % 2 else (False, True):  # whoever comes first must not always be the same
-            view = LiveView("dpo", config.effective_batch_size, "cpu", PackingDisplay()) if with_view else None
+        for with_view in (
+            (True, False) if turn % 2 else (False, True)
+        ):  # whoever comes first must not always be the same
+            view = (
+                LiveView("dpo", config.effective_batch_size, "cpu", PackingDisplay()) if with_view else None
+            )
             took, history = train(config, sides, view)
             seconds[with_view].append(round(took, 2))
             if view:
-                paid.append({"redraws": len(view.shown.display.sizes), "seconds": round(view.shown.budget.spent, 4)})
+                paid.append(
+                    {"redraws": len(view.shown.display.sizes), "seconds": round(view.shown.budget.spent, 4)}
+                )
     log = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
     long_log = [{**log[i % len(log)], "step": i + 1} for i in range(5000)]
     result = {

@@ -1,4 +1,5 @@
-"""Build a folder with a model of DialoGPT-small's shape and vocabulary and RANDOM weights, for measurements of speed and memory.
+"""Build a folder with a model of DialoGPT-small's shape and vocabulary and RANDOM weights, for measurements
+of speed and memory.
 
     python tools/build_dialogpt_shape.py FOLDER      # a few seconds, 500 MB, no network
 

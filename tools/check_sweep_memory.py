@@ -7,22 +7,28 @@ Prints the resident memory after each run, and the growth from the tenth run to 
 
 import sys
 
-from dpo_helpers.environment import find_machine
-from dpo_helpers.experiment_runs import Workshop
-from dpo_helpers.experiments import make_plan
-from dpo_helpers.notebook import quiet_libraries
+from dpo_helpers.machine import find_machine
+from dpo_helpers.sweep.plan import make_plan
+from dpo_helpers.sweep.runs import Workshop
+from dpo_helpers.tables import quiet_libraries
 
 COMMON = {
-    "model_name": "embedded", "num_samples": 100, "training_rows": 40, "sft_epochs": 0, "per_device_train_batch_size": 4,
+    "model_name": "embedded",
+    "num_samples": 100,
+    "training_rows": 40,
+    "sft_epochs": 0,
+    "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
-}  # fmt: skip
+}
 
 
 def main() -> None:
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
     runs, vary = numbers[0] if numbers else 50, "--vary-rows" in sys.argv
     quiet_libraries()
-    settings = [{"learning_rate": 1e-5 * (i + 1), **({"label_noise": i / 200} if vary else {})} for i in range(runs)]
+    settings = [
+        {"learning_rate": 1e-5 * (i + 1), **({"label_noise": i / 200} if vary else {})} for i in range(runs)
+    ]
     workshop, used = Workshop(find_machine("cpu"), answers=4), []
     for experiment in make_plan(settings, COMMON):
         used.append(workshop.measure(experiment.config, experiment.variation)["memory_gb"])

@@ -1,4 +1,5 @@
-"""Writes a Japanese report, report.md with pictures, on the generated rows and on what runs trained on such rows answer.
+"""Writes a Japanese report, report.md with pictures, on the generated rows and on what runs trained on such
+rows answer.
 
 PYTHONPATH=. python tools/data_report.py OUTPUT_FOLDER [RUN_FOLDER ...]
 """
@@ -10,14 +11,27 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dpo_helpers.baselines import BASELINE_NAMES, compare_answers, compare_lengths, describe_baselines, share_right
 from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.evaluation import SIDES, score_rows, summarize_by, summarize_scores
-from dpo_helpers.modeling import load_tokenizer
-from dpo_helpers.notebook import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
-from dpo_helpers.preferences import FIELDS, REJECTION_KINDS, generate_preferences, load_topics, split_rows, strip_question
-from dpo_helpers.storage import load_run
-from dpo_helpers.token_report import build_token_report, measure_rows
+from dpo_helpers.data.generate import (
+    FIELDS,
+    REJECTION_KINDS,
+    generate_preferences,
+    load_topics,
+    split_rows,
+    strip_question,
+)
+from dpo_helpers.data.tokens import build_token_report, measure_rows
+from dpo_helpers.judge.baselines import (
+    BASELINE_NAMES,
+    compare_answers,
+    compare_lengths,
+    describe_baselines,
+    share_right,
+)
+from dpo_helpers.judge.scores import SIDES, score_rows, summarize_by, summarize_scores
+from dpo_helpers.keep.storage import load_run
+from dpo_helpers.model.load import load_tokenizer
+from dpo_helpers.tables import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
 from tools.bench_data import measure
 from tools.show_answers import count_checks, make_table, read_rows
 
@@ -32,25 +46,37 @@ FORM_NAMES = {
 }
 SIDE_NAMES = {"chosen": "良い回答（chosen）", "rejected": "悪い回答（rejected）"}
 COLORS = {"chosen": "#0072B2", "rejected": "#D55E00", "other": "#666666"}
-HARD_KINDS = ("wrong_concept", "off_topic")  # true sentences: only the question tells that they are the wrong answer
+HARD_KINDS = (
+    "wrong_concept",
+    "off_topic",
+)  # true sentences: only the question tells that they are the wrong answer
 
 
 def open_tokenizers() -> dict:
-    """Return the tokenizers of GPT-2 (DialoGPT's too), SmolLM2 and the embedded model by name, without any download."""
+    """Return the tokenizers of GPT-2 (DialoGPT's too), SmolLM2 and the embedded model by name, without any
+    download.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizers = {}
-    for name, file, end in (("GPT-2（DialoGPT と同じ）", "gpt2", "<|endoftext|>"), ("SmolLM2", "smollm2", "<|im_end|>")):
+    for name, file, end in (
+        ("GPT-2（DialoGPT と同じ）", "gpt2", "<|endoftext|>"),
+        ("SmolLM2", "smollm2", "<|im_end|>"),
+    ):
         text = lzma.decompress((FIXTURES / f"{file}_tokenizer.json.xz").read_bytes()).decode()
-        tokenizers[name] = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end, pad_token=end)
+        tokenizers[name] = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end, pad_token=end
+        )
     return tokenizers | {"その場で作るモデル": load_tokenizer("embedded")}
 
 
 def compare_characters(train_rows: list[dict], held_out_rows: list[dict]) -> list[float]:
-    """Return by how much a classifier prefers chosen to rejected in each held-out row, from the characters of the answers alone.
+    """Return by how much a classifier prefers chosen to rejected in each held-out row, from the characters of
+    the answers alone.
 
-    It is a logistic regression on how often each character occurs; it sees neither the question nor any order.
+    It is a logistic regression on how often each character occurs; it sees neither the question nor any
+    order.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -59,17 +85,25 @@ def compare_characters(train_rows: list[dict], held_out_rows: list[dict]) -> lis
     counts = counter.fit_transform([row[side] for side in SIDES for row in train_rows])
     classifier = LogisticRegression(max_iter=1000).fit(counts, [side for side in SIDES for _ in train_rows])
     # classes_ are sorted, so that a positive score stands for "rejected"
-    chosen, rejected = (-classifier.decision_function(counter.transform([row[side] for row in held_out_rows])) for side in SIDES)
+    chosen, rejected = (
+        -classifier.decision_function(counter.transform([row[side] for row in held_out_rows]))
+        for side in SIDES
+    )
     return (chosen - rejected).tolist()
 
 
 def share_by_kind(rows: list[dict], columns: dict[str, list[float]]) -> list[dict]:
-    """Return how often each column of differences is right (a tie counts as half), in all and by rejection kind."""
+    """Return how often each column of differences is right (a tie counts as half), in all and by rejection
+    kind.
+    """
     table = []
     for kind, name in ({"": "全体"} | {kind: KIND_NAMES[kind] for kind in REJECTION_KINDS}).items():
         picked = [i for i, row in enumerate(rows) if kind in ("", row["rejection_kind"])]
         if picked:
-            shares = {heading: f"{share_right([values[i] for i in picked]):.1%}" for heading, values in columns.items()}
+            shares = {
+                heading: f"{share_right([values[i] for i in picked]):.1%}"
+                for heading, values in columns.items()
+            }
             table.append({"悪さの種類": name, "行数": len(picked), **shares})
     return table
 
@@ -77,7 +111,10 @@ def share_by_kind(rows: list[dict], columns: dict[str, list[float]]) -> list[dic
 def count_values(rows: list[dict], column: str, heading: str, names: dict[str, str]) -> list[dict]:
     """Return rows and share of each value of one column, as rows of a Japanese table."""
     counts = Counter(row[column] for row in rows)
-    return [{heading: name, "行数": counts[value], "割合": f"{counts[value] / len(rows):.1%}"} for value, name in names.items()]
+    return [
+        {heading: name, "行数": counts[value], "割合": f"{counts[value] / len(rows):.1%}"}
+        for value, name in names.items()
+    ]
 
 
 def describe_rows(rows, train_rows, held_out_rows, seconds: float) -> str:
@@ -85,7 +122,10 @@ def describe_rows(rows, train_rows, held_out_rows, seconds: float) -> str:
         return len({row[key] for row in part})
 
     sides = [("全体", rows), ("学習用", train_rows), ("評価用", held_out_rows)]
-    sizes = [{"": name, "行数": len(part), "違う質問": count(part, "prompt"), "概念": count(part, "concept")} for name, part in sides]
+    sizes = [
+        {"": name, "行数": len(part), "違う質問": count(part, "prompt"), "概念": count(part, "concept")}
+        for name, part in sides
+    ]
     shared = {row["concept"] for row in train_rows} & {row["concept"] for row in held_out_rows}
     return f"""## 行の数
 
@@ -125,9 +165,16 @@ def describe_lengths(rows) -> str:
 
 
 def describe_tokens(reports: dict[str, dict], max_length: int) -> str:
-    headings = {"longest": "最も長い行（トークン）", "rows_cut": f"{max_length} を超える行", "rows_merged_at_boundary": "質問と回答の境目がくっつく行",
-                "tokens_per_character": "回答 1 文字あたりのトークン数"}  # fmt: skip
-    table = [{"トークナイザー": name} | {text: report[key] for key, text in headings.items()} for name, report in reports.items()]
+    headings = {
+        "longest": "最も長い行（トークン）",
+        "rows_cut": f"{max_length} を超える行",
+        "rows_merged_at_boundary": "質問と回答の境目がくっつく行",
+        "tokens_per_character": "回答 1 文字あたりのトークン数",
+    }
+    table = [
+        {"トークナイザー": name} | {text: report[key] for key, text in headings.items()}
+        for name, report in reports.items()
+    ]
     return f"""## トークン数
 
 一行の長さは、質問、長いほうの回答、終端記号の合計です。{max_length} トークンを超えると、回答の終わりが切られます。
@@ -139,7 +186,9 @@ def describe_tokens(reports: dict[str, dict], max_length: int) -> str:
 
 
 def describe_characters(train_rows, held_out_rows) -> str:
-    hard = [[row for row in rows if row["rejection_kind"] in HARD_KINDS] for rows in (train_rows, held_out_rows)]
+    hard = [
+        [row for row in rows if row["rejection_kind"] in HARD_KINDS] for rows in (train_rows, held_out_rows)
+    ]
     heading = "正解率"
     return f"""## 出てくる文字だけで当てられるか
 
@@ -160,20 +209,31 @@ def describe_run(folder: Path) -> str:
     model, tokenizer, config = load_run(folder)
     rows = read_rows(folder / "held_out.jsonl")
     if unknown := sum("rejection_kind" not in row for row in rows):
-        raise UserError(f"{folder} の評価用の {unknown} 行に悪さの種類がありません。生成したデータで学習した結果を指定してください。")
+        raise UserError(
+            f"{folder} の評価用の {unknown} 行に悪さの種類がありません。"
+            "生成したデータで学習した結果を指定してください。"
+        )
     saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["held_out"]
     scores = score_rows(model, tokenizer, rows, config.max_length)
     differences = compare_answers(model, tokenizer, rows, scores, config)
     summary = summarize_scores(scores, config.beta)
     baselines = {name: share_right(values) for name, values in differences.items()}
-    by_kind = {line["rejection_kind"]: line for line in summarize_by("rejection_kind", rows, scores, config.beta)}
+    by_kind = {
+        line["rejection_kind"]: line for line in summarize_by("rejection_kind", rows, scores, config.beta)
+    }
     by_kind = [summary] + [by_kind[kind] for kind in REJECTION_KINDS if kind in by_kind]
     shares = share_by_kind(rows, {BASELINE_NAMES[name]: values for name, values in differences.items()})
     kinds = [
-        {"悪さの種類": share["悪さの種類"], "行数": share["行数"], "損失": f"{line['loss']:.4f}", "DPO の正解率": f"{line['accuracy']:.1%}",
-         "マージン": f"{line['margin']:.3f}"} | share
+        {
+            "悪さの種類": share["悪さの種類"],
+            "行数": share["行数"],
+            "損失": f"{line['loss']:.4f}",
+            "DPO の正解率": f"{line['accuracy']:.1%}",
+            "マージン": f"{line['margin']:.3f}",
+        }
+        | share
         for line, share in zip(by_kind, shares, strict=True)
-    ]  # fmt: skip
+    ]
     asked = pick_rows(rows, 30, config.seed)
     answers = tabulate_stages(model, tokenizer, asked)
     return f"""## 学習の結果：{folder}
@@ -205,9 +265,14 @@ DPO の正解率では同点を誤りと数え、ほかの見分け方では半�
 def describe_sample(rows) -> str:
     picked = random.Random(0).sample(rows, min(100, len(rows)))
     table = [
-        {"番号": number, "質問": strip_question(row["prompt"]), **{SIDE_NAMES[side]: row[side] for side in SIDES},
-         "悪さの種類": KIND_NAMES[row["rejection_kind"]]} for number, row in enumerate(picked, 1)
-    ]  # fmt: skip
+        {
+            "番号": number,
+            "質問": strip_question(row["prompt"]),
+            **{SIDE_NAMES[side]: row[side] for side in SIDES},
+            "悪さの種類": KIND_NAMES[row["rejection_kind"]],
+        }
+        for number, row in enumerate(picked, 1)
+    ]
     return f"## 無作為に選んだ {len(picked)} 行（乱数の種 0）\n\n{make_table(table)}\n"
 
 
@@ -227,9 +292,21 @@ def plot_lengths(rows, path: Path) -> None:
     for side in SIDES:
         lengths = [len(row[side]) for row in rows]
         label = f"{SIDE_NAMES[side]}　平均 {sum(lengths) / len(lengths):.1f} 文字"
-        axis.hist(lengths, bins=range(longest + 2), histtype="step", linewidth=2, align="left", color=COLORS[side], label=label)
+        axis.hist(
+            lengths,
+            bins=range(longest + 2),
+            histtype="step",
+            linewidth=2,
+            align="left",
+            color=COLORS[side],
+            label=label,
+        )
     share = share_right(compare_lengths(rows))
-    axis.set(title=f"回答の長さ：長いほうを選んでも、正解は {share:.0%}", xlabel="回答の長さ（文字）", ylabel="行数")
+    axis.set(
+        title=f"回答の長さ：長いほうを選んでも、正解は {share:.0%}",
+        xlabel="回答の長さ（文字）",
+        ylabel="行数",
+    )
     axis.legend(fontsize=9)
     save_figure(figure, path)
 
@@ -238,15 +315,21 @@ def plot_tokens(measured: dict[str, list], max_length: int, path: Path) -> None:
     """Draw how long the rows are in each tokenizer's tokens, beside the limit."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(measured), 1, figsize=(7, 1.9 * len(measured) + 0.6), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        len(measured), 1, figsize=(7, 1.9 * len(measured) + 0.6), sharex=True, layout="constrained"
+    )
     longest = max(max_length, *(row.tokens for rows in measured.values() for row in rows))
     for axis, (name, rows) in zip(axes, measured.items(), strict=True):
         axis.hist([row.tokens for row in rows], bins=range(0, longest + 4, 2), color=COLORS["chosen"])
-        axis.axvline(max_length, color=COLORS["rejected"], linestyle="--", label=f"上限 {max_length} トークン")
+        axis.axvline(
+            max_length, color=COLORS["rejected"], linestyle="--", label=f"上限 {max_length} トークン"
+        )
         axis.set(title=name, ylabel="行数")
     axes[0].legend(fontsize=9, loc="upper left")
     axes[-1].set(xlabel="質問と長いほうの回答の長さ（トークン）")
-    over = sum(any(rows[i].cut for rows in measured.values()) for i in range(len(next(iter(measured.values())))))
+    over = sum(
+        any(rows[i].cut for rows in measured.values()) for i in range(len(next(iter(measured.values()))))
+    )
     figure.suptitle(f"行の長さ：{max_length} トークンを超える行は {over} 行")
     save_figure(figure, path)
 
@@ -256,7 +339,10 @@ def plot_shares(rows, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    panels = (("rejection_kind", KIND_NAMES, "悪さの種類", "rejected"), ("field", {field: field for field in FIELDS}, "分野", "other"))
+    panels = (
+        ("rejection_kind", KIND_NAMES, "悪さの種類", "rejected"),
+        ("field", {field: field for field in FIELDS}, "分野", "other"),
+    )
     for axis, (column, names, title, color) in zip(axes, panels, strict=True):
         counts = Counter(row[column] for row in rows)
         bars = axis.barh(list(names.values()), [counts[value] for value in names], color=COLORS[color])
@@ -272,18 +358,30 @@ def main(output: Path, runs: list[Path]) -> None:
 
     quiet_libraries()
     config, rows = RunConfig(), []
-    seconds, _, _ = measure(lambda: rows.extend(generate_preferences(config.num_samples, config.seed, config.held_out_fraction)) or rows)
+    seconds, _, _ = measure(
+        lambda: (
+            rows.extend(generate_preferences(config.num_samples, config.seed, config.held_out_fraction))
+            or rows
+        )
+    )
     train_rows, held_out_rows = split_rows(rows, config.held_out_fraction, config.seed)
-    measured = {name: measure_rows(rows, tokenizer, config.max_length) for name, tokenizer in open_tokenizers().items()}
+    measured = {
+        name: measure_rows(rows, tokenizer, config.max_length)
+        for name, tokenizer in open_tokenizers().items()
+    }
     output.mkdir(parents=True, exist_ok=True)
     plot_lengths(rows, output / "lengths.png")
     plot_tokens(measured, config.max_length, output / "tokens.png")
     plot_shares(rows, output / "shares.png")
     sections = [
-        f"# 生成したデータの報告\n\n既定の設定（{config.num_samples:,} 行、乱数の種 {config.seed}、評価用の概念の割合 {config.held_out_fraction:.0%}）で作ったデータです。\n",
+        f"# 生成したデータの報告\n\n既定の設定（{config.num_samples:,} 行、"
+        f"乱数の種 {config.seed}、評価用の概念の割合 {config.held_out_fraction:.0%}）で作ったデータです。\n",
         describe_rows(rows, train_rows, held_out_rows, seconds),
         describe_lengths(rows),
-        describe_tokens({name: build_token_report(part, config.max_length) for name, part in measured.items()}, config.max_length),
+        describe_tokens(
+            {name: build_token_report(part, config.max_length) for name, part in measured.items()},
+            config.max_length,
+        ),
         describe_characters(train_rows, held_out_rows),
         *(describe_run(folder) for folder in runs),
         describe_sample(rows),

@@ -1,141 +1,136 @@
-"""Write the package, readable, into the collapsed cell of both notebooks, so that the one .ipynb is enough.
+"""Pack the package into the helper cell of both notebooks, so that the one .ipynb is enough, and keep them clean.
 
     python tools/embed_helpers.py            # rewrite the notebooks
-    python tools/embed_helpers.py --check    # exit 1 if a notebook and the package differ
+    python tools/embed_helpers.py --check    # exit 1 where a notebook's unpacked files are not the package
 
-It also keeps the notebooks clean: no outputs, no counts, minimal metadata. Standard library only.
+Standard library only. The archive is a tar without times or owners: the same package gives the same cell.
 """
 
 import base64
 import bz2
-import hashlib
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("colab_dpo_training.ipynb", "dpo_training_experiment.ipynb")
 TAG = "helpers"
-LIMIT = 300_000  # bytes of one cell
-# Not what the notebook teaches: data, reading other people's files, repairing environments, sharing; the experiments as well.
-PACKED = {
-    "topics.json", "own_data.py", "row_sources.py", "row_checks.py", "token_report.py", "run_lock.py",
-    "conflicts.py", "packages.py", "quick_fix.py", "runtime.py", "sharing.py", "model_menu.py", "quantization.py",
-}  # fmt: skip
+LIMIT = 150_000  # bytes of the whole cell
+LINE = 4_000  # characters of one line of the packed text
 
-LOADER = """\
+CELL = '''\
 #@title 補助パッケージ dpo_helpers を用意します（実行するだけで構いません）
-# このセルは tools/embed_helpers.py が作ります。中身を直すときは dpo_helpers/ のファイルを直してください。
-import base64, bz2, hashlib, importlib, importlib.util, json, pathlib, sys
+# tools/embed_helpers.py が作ったセルです。実行すると、左のファイル一覧の dpo_helpers フォルダで中身を読めます。
+import base64, hashlib, importlib.util, io, pathlib, shutil, sys, tarfile
 
-FILES = {{}}
-{files}
+PACKED = """
+{packed}
+"""
+STAMP, AT = ".written_by_notebook", pathlib.Path.cwd() / "dpo_helpers"
 
-FILES.update(json.loads(bz2.decompress(base64.b85decode("".join(PACKED.split())))))
+def hash_folder(folder):
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json"))
+    parts = (str(p.relative_to(folder)).encode() + b"\\n" + p.read_bytes() for p in files)
+    return hashlib.sha256(b"\\n".join(parts)).hexdigest(), {{p.relative_to(folder) for p in files}}
 
-def package_hash(files):
-    return hashlib.sha256("".join(f"{{name}}\\n{{files[name]}}\\n" for name in sorted(files)).encode()).hexdigest()
+shutil.rmtree(new := AT.with_name("dpo_helpers_writing"), ignore_errors=True)
+with tarfile.open(fileobj=io.BytesIO(base64.b64decode(PACKED)), mode="r:bz2") as archive:
+    archive.extractall(new, filter="data")
+(ours, names), stamp = hash_folder(new), new / STAMP
+stamp.write_text(ours)
+sys.path[:] = sys.path if {{"", str(AT.parent)}} & set(sys.path) else ["", *sys.path]
+importlib.invalidate_caches()
+found = importlib.util.find_spec("dpo_helpers")
+at = pathlib.Path(found.origin).parent if found and found.origin else AT
+there, there_names = hash_folder(at)
+written = (at / STAMP).read_text().strip() if (at / STAMP).is_file() else None
+{rest}'''
 
-def install_package():
-    ours, stamp_name = package_hash(FILES), ".written_by_notebook"
-    if "" not in sys.path and str(pathlib.Path.cwd()) not in sys.path:
-        sys.path.insert(0, "")
-    importlib.invalidate_caches()
-    found = importlib.util.find_spec("dpo_helpers")
-    folder = pathlib.Path(found.origin).parent if found and found.origin else pathlib.Path.cwd() / "dpo_helpers"
-    if folder.exists():
-        there = package_hash({{p.name: p.read_text(encoding="utf-8") for p in folder.iterdir() if p.suffix in (".py", ".json")}})
-        stamp = folder / stamp_name
-        if there == ours:
-            return f"{{folder}} はこのノートブックと同じ内容なので、そのまま使います。"
-        if not (stamp.is_file() and stamp.read_text().strip() == there):
-            return f"⚠️ {{folder}} はこのノートブックの内容と違います（変更されています）。あなたの変更を優先して、そのまま使います。"
-        old = folder.with_name(f"dpo_helpers_old_{{there[:8]}}")
-        number = 2
-        while old.exists():
-            old = folder.with_name(f"dpo_helpers_old_{{there[:8]}}_{{number}}")
-            number += 1
-        folder.rename(old)
-        message = f"前のノートブックが作った {{folder}} を新しくしました。古いものは {{old.name}} に残しています。"
-    else:
-        message = f"{{folder}} を作りました。"
-    aside = folder.with_name("dpo_helpers_writing")
-    aside.mkdir(exist_ok=True)
-    for name, text in FILES.items():
-        (aside / name).write_text(text, encoding="utf-8", newline="\\n")
-    (aside / stamp_name).write_text(ours)
-    aside.rename(folder)
+REST = '''\
+if at.exists() and there == ours:
+    print(f"{at} はこのノートブックと同じ内容なので、そのまま使います。")
+elif at.exists() and (written is None or written != there and there_names >= names):
+    print(f"⚠️ {at} はこのノートブックの内容と違います（変更されています）。あなたの変更を優先して、そのまま使います。")
+else:
+    if at.exists():
+        at.rename(old := at.with_name(f"dpo_helpers_old_{there[:8]}_{len(list(at.parent.iterdir()))}"))
+        print(f"{at} は前のノートブックのものか書きかけなので新しくします。古いものは {old.name} に残しました。")
+    new.rename(at)
     for name in [name for name in sys.modules if name.split(".")[0] == "dpo_helpers"]:
         del sys.modules[name]
-    importlib.invalidate_caches()
-    return message
-
-print(install_package())
-"""
+    print(f"{at} を用意しました。")
+'''
 
 
-def read_package() -> dict[str, str]:
-    """Return {file name: text}, the code first and the topic data last."""
+def list_package() -> list[Path]:
     folder = ROOT / "dpo_helpers"
-    paths = sorted(folder.glob("*.py")) + sorted(folder.glob("*.json"))
-    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".json"))
 
 
-def hash_package(files: dict[str, str]) -> str:
-    """The same sum as package_hash in the generated cell."""
-    return hashlib.sha256("".join(f"{name}\n{files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+def pack_package() -> str:
+    """Return the package as a bz2 tar in base64, in lines of at most LINE characters."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for path in list_package():
+            entry = tarfile.TarInfo(path.relative_to(ROOT / "dpo_helpers").as_posix())
+            content = path.read_bytes()
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    coded = base64.b64encode(bz2.compress(buffer.getvalue())).decode()
+    return "\n".join(coded[start : start + LINE] for start in range(0, len(coded), LINE))
 
 
-def make_cell_source(files: dict[str, str]) -> str:
-    """Return the cell: the modules that do the training as they are, to be read, and the rest packed behind them.
-
-    What is packed is read in the folder that the cell writes. Of bz2 every version gives the same bytes.
-    """
-    blocks, packed = [], {}
-    for name, text in files.items():
-        if "'''" in text or text.endswith("\\") or not text.endswith("\n"):
-            raise SystemExit(f"{name}: a file must end in a newline and hold no triple single quotes to stand in a raw string")
-        if name in PACKED or name.startswith("experiment"):
-            packed[name] = text
-        else:
-            blocks.append(f"FILES[{name!r}] = r'''\n{text}'''[1:]\n")
-    coded = base64.b85encode(bz2.compress(json.dumps(packed, ensure_ascii=False).encode())).decode()
-    lines = "\n".join(coded[start : start + 140] for start in range(0, len(coded), 140))
-    blocks.append(f"# {', '.join(packed)}\nPACKED = r'''\n{lines}\n'''\n")
-    source = LOADER.format(files="\n".join(blocks)).rstrip("\n")
+def make_cell_source() -> str:
+    source = (CELL.format(packed=pack_package(), rest="") + REST).rstrip("\n")
     if len(source.encode()) > LIMIT:
         raise SystemExit(f"the cell has {len(source.encode()):,} bytes, more than {LIMIT:,}")
     return source
 
 
-def update_notebook(text: str, source: str) -> str:
-    """Return the notebook's JSON with `source` in its tagged cell, and clean."""
-    notebook = json.loads(text)
+def unpack_cell(source: str) -> dict[str, bytes]:
+    """Return {path inside dpo_helpers: content} of a helper cell."""
+    packed = source.split('"""')[1]
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed)), mode="r:bz2") as archive:
+        return {entry.name: archive.extractfile(entry).read() for entry in archive.getmembers()}
+
+
+def find_helper_cell(notebook: dict) -> dict:
     tagged = [cell for cell in notebook["cells"] if TAG in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise SystemExit(f"expected one cell tagged {TAG!r}, found {len(tagged)}")
-    tagged[0]["source"] = source
+    return tagged[0]
+
+
+def update_notebook(text: str, source: str) -> str:
+    """Return the notebook's JSON with `source` in its tagged cell, and clean."""
+    notebook = json.loads(text)
+    find_helper_cell(notebook)["source"] = source
     for cell in notebook["cells"]:
         cell["source"] = "".join(cell["source"]).splitlines(keepends=True)
         if cell["cell_type"] == "code":
             cell["outputs"], cell["execution_count"] = [], None
-    notebook["metadata"] = {key: notebook["metadata"][key] for key in ("accelerator", "colab", "kernelspec", "language_info")}
+    kept = ("accelerator", "colab", "kernelspec", "language_info")
+    notebook["metadata"] = {key: notebook["metadata"][key] for key in kept}
     return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
 
 
 def main() -> int:
-    source = make_cell_source(read_package())
+    source, check = make_cell_source(), "--check" in sys.argv[1:]
+    package = {str(path.relative_to(ROOT / "dpo_helpers").as_posix()): path.read_bytes() for path in list_package()}
     different = []
-    for name in NOTEBOOKS:
-        path = ROOT / name
+    for path in (ROOT / name for name in NOTEBOOKS):
         text = path.read_text(encoding="utf-8")
-        updated = update_notebook(text, source)
+        held = "".join(find_helper_cell(json.loads(text))["source"])
+        same = held.count('"""') == 2 and unpack_cell(held) == package
+        updated = update_notebook(text, held if same else source)  # unpacked contents count, not bz2's bytes
         if updated != text:
-            different.append(name)
-            if "--check" not in sys.argv[1:]:
-                path.write_text(updated, encoding="utf-8", newline="\n")
-    print(f"{len(source.encode()):,} bytes in the cell; {'differ' if '--check' in sys.argv[1:] else 'rewritten'}: {different or 'none'}")
-    return 1 if different and "--check" in sys.argv[1:] else 0
+            different.append(path.name)
+            if not check:
+                path.write_text(update_notebook(text, source), encoding="utf-8", newline="\n")
+    print(f"{len(source.encode()):,} bytes in the cell; {'differ' if check else 'rewritten'}: {different or 'none'}")
+    return 1 if different and check else 0
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-from dpo_helpers.answer_quality import check_answer
-from dpo_helpers.notebook import pick_rows, quiet_libraries, tabulate_stages
-from dpo_helpers.storage import load_run
+from dpo_helpers.judge.answers import check_answer
+from dpo_helpers.keep.storage import load_run
+from dpo_helpers.tables import pick_rows, quiet_libraries, tabulate_stages
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -18,18 +18,33 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def make_table(rows: list[dict]) -> str:
-    """Return rows as a Markdown table that shows every character as it is: marks are escaped, a line break becomes ⏎."""
-    cells = [[re.sub(r"([\\`*_<|~$\[])", r"\\\1", str(value)).replace("\n", "⏎") for value in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
+    """Return rows as a Markdown table that shows every character as it is: marks are escaped, a line break
+    becomes ⏎.
+    """
+    cells = [
+        [re.sub(r"([\\`*_<|~$\[])", r"\\\1", str(value)).replace("\n", "⏎") for value in row.values()]
+        for row in rows
+    ]
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells]
+    )
 
 
 def count_checks(answers: list[dict], asked: list[dict]) -> list[dict]:
-    """Return how many answers of each stage pass each of check_answer's checks, as rows of a Japanese table."""
+    """Return how many answers of each stage pass each of check_answer's checks, as rows of a Japanese
+    table.
+    """
     table = []
     for stage in list(answers[0])[1:-1]:  # the first column is the question, the last one the chosen answer
-        checks = [check_answer(answer[stage], row["concept"]) for answer, row in zip(answers, asked, strict=True)]
-        ends, names, clean = (f"{sum(check[name] for check in checks)} / {len(checks)}" for name in ("ends", "names", "clean"))
-        table.append({"段階": stage, "「。」で終わる": ends, "概念の名前を正しく書く": names, "乱れがない": clean})
+        checks = [
+            check_answer(answer[stage], row["concept"]) for answer, row in zip(answers, asked, strict=True)
+        ]
+        ends, names, clean = (
+            f"{sum(check[name] for check in checks)} / {len(checks)}" for name in ("ends", "names", "clean")
+        )
+        table.append(
+            {"段階": stage, "「。」で終わる": ends, "概念の名前を正しく書く": names, "乱れがない": clean}
+        )
     return table
 
 

@@ -1,7 +1,9 @@
-"""A reader's way through both notebooks, in a real browser: JupyterLab in Debian's Chromium (tools/install_browser.sh).
+"""A reader's way through both notebooks, in a real browser: JupyterLab in Debian's Chromium
+(tools/install_browser.sh).
 
-The main notebook is run once, as "Run > Run All Cells" does, with the demo's parameters; each test looks at one thing in the
-page. The experiment notebook follows in its smallest form. Screenshots go to outputs/browser/.
+The main notebook is run once, as "Run > Run All Cells" does, with the demo's parameters; each test looks at
+one thing in the page. The experiment notebook follows in its smallest form. Screenshots go to
+outputs/browser/.
 """
 
 import os
@@ -18,24 +20,28 @@ import nbformat
 import pytest
 import yaml
 
-from dpo_helpers.own_data import load_preferences
-from dpo_helpers.votes import read_votes
+from dpo_helpers.data.own_rows import load_preferences
+from dpo_helpers.judge.votes import read_votes
 
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parent.parent.parent
 PICTURES = ROOT / "outputs" / "browser"
 MAIN, EXPERIMENT = "colab_dpo_training.ipynb", "dpo_training_experiment.ipynb"
-# Few rows keep it short; twelve epochs of them make the DPO training last some ten seconds, so that there is something to watch.
+# Few rows keep it short; twelve epochs of them make the DPO training last some ten seconds, so that there is
+# something to watch.
 CHANGES = {MAIN: {"NUM_SAMPLES": 200, "NUM_TRAIN_EPOCHS": 12.0}, EXPERIMENT: {}}
 PARAMETER_FILES = {MAIN: "demo_parameters.yaml", EXPERIMENT: "experiment_parameters.yaml"}
-LIVE_VIEW = "img, svg, table, progress"  # what of a training cell's output may change in place and counts as a live view
+# what of a training cell's output may change in place and counts as a live view
+LIVE_VIEW = "img, svg, table, progress"
 LIVE_CHANGES = 3
 CHROMIUM_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
 )
 
-# Notes, four times a second, every state of each picture or table in the output of each code cell: {cell: {tag: states}}.
+# Notes, four times a second, every state of each picture or table in the output of each code cell: {cell:
+# {tag: states}}.
 WATCH = """visuals => {
     const states = (window.states = {});
     setInterval(() => document.querySelectorAll(".jp-CodeCell").forEach((cell, number) => {
@@ -45,13 +51,19 @@ WATCH = """visuals => {
         }
     }), 250);
 }"""
-COUNT_CHANGES = "number => Math.max(0, ...Object.values(window.states[number] ?? {}).map(states => states.size - 1))"
+COUNT_CHANGES = (
+    "number => Math.max(0, ...Object.values(window.states[number] ?? {}).map(states => states.size - 1))"
+)
 
 
 def make_notebook(folder: Path, name: str) -> list[str]:
-    """Write the copy that is run, with the parameters injected as papermill does; return the sources of its code cells."""
+    """Write the copy that is run, with the parameters injected as papermill does; return the sources of
+    its code cells.
+    """
     notebook = nbformat.read(ROOT / name, as_version=4)
-    parameters = yaml.safe_load((ROOT / "tests" / PARAMETER_FILES[name]).read_text(encoding="utf-8")) | CHANGES[name]
+    parameters = (
+        yaml.safe_load((ROOT / "tests" / PARAMETER_FILES[name]).read_text(encoding="utf-8")) | CHANGES[name]
+    )
     cells = notebook.cells
     (place,) = (i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
     lines = "".join(f"{name} = {value!r}\n" for name, value in parameters.items())
@@ -62,7 +74,9 @@ def make_notebook(folder: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """(address, folder) of a JupyterLab on this machine, without token, news, or anything of the user's own settings."""
+    """(address, folder) of a JupyterLab on this machine, without token, news, or anything of the user's
+    own settings.
+    """
     folder, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
     settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
@@ -74,13 +88,29 @@ def lab(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTER_CONFIG_DIR": str(home / "config"), "IPYTHONDIR": str(home / "ipython"),
-        "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"), "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={folder}"]
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "PYTHONPATH": str(ROOT),
+    }
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        f"--ServerApp.root_dir={folder}",
+    ]
     options += ["--IdentityProvider.token=", "--ServerApp.password="]
     with open(home / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
         try:
             wait_for_server(f"http://127.0.0.1:{port}/api", server, home / "lab.log")
             yield f"http://127.0.0.1:{port}", folder
@@ -115,11 +145,15 @@ def browser():
 
 
 def run_notebook(browser, lab, name: str, watched: str):
-    """Run a notebook whole in a page of its own; return (page, sources of its code cells). `watched` is text of the cell to picture."""
+    """Run a notebook whole in a page of its own; return (page, sources of its code cells). `watched` is
+    text of the cell to picture.
+    """
     address, folder = lab
     sources = make_notebook(folder, name)
     page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="ja-JP")
-    page.goto(f"{address}/lab/workspaces/{name.partition('.')[0]}/tree/{name}")  # a workspace keeps the tabs of another page out
+    page.goto(
+        f"{address}/lab/workspaces/{name.partition('.')[0]}/tree/{name}"
+    )  # a workspace keeps the tabs of another page out
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.evaluate(WATCH, LIVE_VIEW)
     queue_all_cells(page, len(sources))
@@ -134,7 +168,9 @@ def run(lab, browser):
 
 
 def queue_all_cells(page, count: int) -> None:
-    """Choose "Run > Run All Cells" until every code cell waits or has run: JupyterLab at times takes the first one alone."""
+    """Choose "Run > Run All Cells" until every code cell waits or has run: JupyterLab at times takes the
+    first one alone.
+    """
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     for _ in range(5):
         page.wait_for_timeout(2000)
@@ -154,16 +190,24 @@ def find_cell(sources: list[str], text: str) -> int:
 
 
 def run_to_the_end(page, sources: list[str], watched: int, name: str, seconds: float = 240) -> None:
-    """Wait until every code cell has run, with a picture of the watched one under way; fail at the first error in the page."""
+    """Wait until every code cell has run, with a picture of the watched one under way; fail at the first
+    error in the page.
+    """
     pictured, end = False, time.monotonic() + seconds
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     while time.monotonic() < end:
-        errors = page.locator('.jp-OutputArea-output [data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        errors = page.locator(
+            '.jp-OutputArea-output [data-mime-type="application/vnd.jupyter.error"]'
+        ).all_inner_texts()
         assert not errors, errors[0]
         numbers = [text.strip() for text in prompts.all_inner_texts()]
         if all(text[1:-2].isdigit() for text in numbers) and len(numbers) == len(sources):
             return
-        if not pictured and numbers[watched] == "[*]:" and page.evaluate(COUNT_CHANGES, watched) >= LIVE_CHANGES:
+        if (
+            not pictured
+            and numbers[watched] == "[*]:"
+            and page.evaluate(COUNT_CHANGES, watched) >= LIVE_CHANGES
+        ):
             take_picture(page, watched, f"{name}-running")
             pictured = True
         page.wait_for_timeout(250)
@@ -190,7 +234,11 @@ def test_the_final_plots_are_there(run):
     page, sources, _ = run
     for name in ("plot_training(", "plot_token_report(measured"):
         number = find_cell(sources, name)
-        widths = show_cell(page, number).locator(".jp-OutputArea-output img").evaluate_all("all => all.map(img => img.naturalWidth)")
+        widths = (
+            show_cell(page, number)
+            .locator(".jp-OutputArea-output img")
+            .evaluate_all("all => all.map(img => img.naturalWidth)")
+        )
         assert widths and min(widths) > 300
     take_picture(page, find_cell(sources, "plot_training("), "plots")
 
@@ -205,7 +253,11 @@ def test_a_question_is_answered_in_the_box(run):
     cell.locator("input").press("Enter")
     cell.get_by_text("質問：過学習とは何ですか？").wait_for(timeout=60_000)
     answers = cell.locator(".jp-OutputArea-output div[style*='pre-wrap']").all_inner_texts()
-    assert [answer.split("\n")[0] for answer in answers] == ["① ベースモデル", "② 教師あり学習の後", "③ DPO の後"]
+    assert [answer.split("\n")[0] for answer in answers] == [
+        "① ベースモデル",
+        "② 教師あり学習の後",
+        "③ DPO の後",
+    ]
     assert all(len(answer.split("\n", 1)[1].strip()) > 3 for answer in answers)
     take_picture(page, number, "ask")
 
@@ -217,7 +269,10 @@ def test_votes_by_mouse_and_by_keyboard_are_training_data(run):
     question, reveal = cell.locator("b", has_text="質問："), cell.get_by_text("投票しました")
     votes = (
         lambda: cell.locator("button", has_text="A が良い").click(),
-        lambda: (page.keyboard.press("Tab"), page.keyboard.press("Space")),  # from A, which has the focus, to B
+        lambda: (
+            page.keyboard.press("Tab"),
+            page.keyboard.press("Space"),
+        ),  # from A, which has the focus, to B
         lambda: cell.locator("input").press("s"),
     )
     for count, vote in enumerate(votes, 1):
@@ -229,7 +284,9 @@ def test_votes_by_mouse_and_by_keyboard_are_training_data(run):
         assert len(read_votes(path)) == count
     take_picture(page, number, "vote")
     rows, voted = load_preferences(path), read_votes(path)
-    assert [row["chosen"] for row in rows] == [vote["chosen"] for vote in voted[:2]] and voted[2]["winner"] == "tie"
+    assert [row["chosen"] for row in rows] == [vote["chosen"] for vote in voted[:2]] and voted[2][
+        "winner"
+    ] == "tie"
     assert "引き分け 1、学習に使える行 2" in cell.inner_text()
 
 
@@ -238,9 +295,15 @@ def test_the_experiment_notebook_runs_whole_and_shows_every_section(lab, browser
     pictures = [number for number, source in enumerate(sources) if "\nplot_" in source]
     assert len(pictures) == 9  # section 4 has two
     for number in pictures:
-        widths = show_cell(page, number).locator(".jp-OutputArea-output img").evaluate_all("all => all.map(img => img.naturalWidth)")
+        widths = (
+            show_cell(page, number)
+            .locator(".jp-OutputArea-output img")
+            .evaluate_all("all => all.map(img => img.naturalWidth)")
+        )
         assert widths and min(widths) > 300
         take_picture(page, number, f"experiment-{number:02}")
     cell = show_cell(page, find_cell(sources, "recommended.save("))
     assert "run_config.json を書きました" in cell.inner_text() and (lab[1] / "run_config.json").is_file()
-    assert (lab[1] / "outputs" / "experiments" / "results.jsonl").read_text(encoding="utf-8").count('"status": "ok"') >= 12
+    assert (lab[1] / "outputs" / "experiments" / "results.jsonl").read_text(encoding="utf-8").count(
+        '"status": "ok"'
+    ) >= 12

@@ -15,7 +15,16 @@ def get_template(tmp_path_factory):
             subprocess.run([find_python(python), "-m", "venv", str(folder)], check=True)
             made[python, pip] = str(folder / "bin" / "python")
             wanted = "pip" if pip == "newest" else f"pip=={pip}"
-            command = [made[python, pip], "-m", "pip", "install", "--quiet", "--upgrade", wanted, "packaging==26.3"]
+            command = [
+                made[python, pip],
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--upgrade",
+                wanted,
+                "packaging==26.3",
+            ]
             subprocess.run(command, check=True)
         return made[python, pip]
 
@@ -27,6 +36,8 @@ def make(get_template, tmp_path_factory):
     """make(packages, python=, pip=) → the interpreter of a fresh simulated environment."""
 
     def make_one(packages: dict, **template) -> str:
-        return make_environment(tmp_path_factory.mktemp("environment") / "venv", get_template(**template), packages)
+        return make_environment(
+            tmp_path_factory.mktemp("environment") / "venv", get_template(**template), packages
+        )
 
     return make_one

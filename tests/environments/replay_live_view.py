@@ -1,4 +1,5 @@
-"""Runs in the environment under test: replays a log through the live view in that environment's kernel, prints what was sent.
+"""Runs in the environment under test: replays a log through the live view in that environment's kernel,
+prints what was sent.
 
 python replay_live_view.py LOG_HISTORY.json    # the package must be importable
 """
@@ -11,7 +12,7 @@ from nbclient import NotebookClient
 
 REPLAY = """
 import json, time
-from dpo_helpers.live_display import LiveDisplay
+from dpo_helpers.train.live_display import LiveDisplay
 log = json.load(open({path!r}))
 last = log[-1]["step"]
 now, seconds = [0.0], []
@@ -29,7 +30,7 @@ json.dumps({{"median": sorted(seconds)[len(seconds) // 2], "most": max(seconds)}
 """
 PLOT = """
 import json
-from dpo_helpers.plots import plot_training
+from dpo_helpers.train.plots import plot_training
 plot_training(json.load(open({path!r})), beta=0.1)
 """
 
@@ -42,7 +43,9 @@ class Recorder(NotebookClient):
 
 
 sent = []
-notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.format(path=sys.argv[1])) for cell in (REPLAY, PLOT)])
+notebook = nbformat.v4.new_notebook(
+    cells=[nbformat.v4.new_code_cell(cell.format(path=sys.argv[1])) for cell in (REPLAY, PLOT)]
+)
 Recorder(notebook, timeout=60, kernel_name="python3").execute()
 replay, plot = (cell.outputs for cell in notebook.cells)
 print(
@@ -51,7 +54,9 @@ print(
             "sent": sent,
             "view": [output["data"] for output in replay if output["output_type"] == "display_data"],
             "seconds": [
-                json.loads(output["data"]["text/plain"].strip("'")) for output in replay if output["output_type"] == "execute_result"
+                json.loads(output["data"]["text/plain"].strip("'"))
+                for output in replay
+                if output["output_type"] == "execute_result"
             ],
             "plot": [sorted(output.get("data", output)) for output in plot],
             "streams": [output["text"] for output in [*replay, *plot] if output["output_type"] == "stream"],

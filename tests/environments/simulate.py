@@ -1,7 +1,8 @@
-"""Makes environments whose installed metadata equals an image's, without gigabytes of code; real pip works in them.
+"""Makes environments whose installed metadata equals an image's, without gigabytes of code; real pip works in
+them.
 
-The fixtures hold the images' own versions and requirement lines: `image-*.json` cut down to the packages that matter
-here, `image-*-complete.json.gz` all of them.
+The fixtures hold the images' own versions and requirement lines: `image-*.json` cut down to the packages that
+matter here, `image-*-complete.json.gz` all of them.
 """
 
 import gzip
@@ -42,7 +43,9 @@ def make_environment(folder: Path, template: str, packages: dict) -> str:
 
     Returns its interpreter. Copying takes 0.3 s where installing pip again would take 5.
     """
-    base = subprocess.check_output([template, "-c", "import sys; print(sys._base_executable)"], text=True).strip()
+    base = subprocess.check_output(
+        [template, "-c", "import sys; print(sys._base_executable)"], text=True
+    ).strip()
     subprocess.run([base, "-m", "venv", "--without-pip", str(folder)], check=True)
     python, source = str(folder / "bin" / "python"), find_site(template)
     for item in source.iterdir():
@@ -60,7 +63,15 @@ def find_site(python: str) -> Path:
 
 
 def metadata_text(name: str, version: str, requires: list[str]) -> str:
-    return "\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {r}" for r in requires), ""])
+    return "\n".join(
+        [
+            "Metadata-Version: 2.1",
+            f"Name: {name}",
+            f"Version: {version}",
+            *(f"Requires-Dist: {r}" for r in requires),
+            "",
+        ]
+    )
 
 
 def write_metadata(site: Path, name: str, version: str, requires: list[str]) -> None:
@@ -69,17 +80,22 @@ def write_metadata(site: Path, name: str, version: str, requires: list[str]) -> 
     info.mkdir()
     (info / "METADATA").write_text(metadata_text(name, version, requires))
     (info / "INSTALLER").write_text("pip\n")
-    (info / "RECORD").write_text("".join(f"{info.name}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD")))
+    (info / "RECORD").write_text(
+        "".join(f"{info.name}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD"))
+    )
 
 
-def make_wheel(folder: Path, name: str, version: str, requires: list[str] = (), files: dict[str, str] | None = None) -> None:
+def make_wheel(
+    folder: Path, name: str, version: str, requires: list[str] = (), files: dict[str, str] | None = None
+) -> None:
     """A wheel that pip installs like any other; `files` are its modules."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     contents = {
         **(files or {}),
         f"{stem}.dist-info/METADATA": metadata_text(name, version, requires),
-        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: simulate\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: simulate\nRoot-Is-Purelib: true\n"
+        "Tag: py3-none-any\n",
     }
     record = "".join(f"{path},,\n" for path in [*contents, f"{stem}.dist-info/RECORD"])
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
@@ -88,11 +104,18 @@ def make_wheel(folder: Path, name: str, version: str, requires: list[str] = (), 
 
 
 def link_modules(python: str, source: Path, modules: Path, without: set[str]) -> None:
-    """Let the environment import another one's modules without seeing its metadata: pip cannot touch those."""
+    """Let the environment import another one's modules without seeing its metadata: pip cannot touch
+    those.
+    """
     modules.mkdir()
     for item in source.iterdir():
         name = item.name.split(".")[0]
-        if not item.name.endswith((".dist-info", ".pth")) and name not in {"pip", "packaging", "__pycache__", *without}:
+        if not item.name.endswith((".dist-info", ".pth")) and name not in {
+            "pip",
+            "packaging",
+            "__pycache__",
+            *without,
+        }:
             (modules / item.name).symlink_to(item)
     (find_site(python) / "modules.pth").write_text(f"{modules}\n")
 
@@ -100,7 +123,14 @@ def link_modules(python: str, source: Path, modules: Path, without: set[str]) ->
 def run(python: str, *arguments: str, environment: dict | None = None) -> subprocess.CompletedProcess:
     """Run the environment's Python with our package in reach; stdout and stderr as text."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})}
-    return subprocess.run([python, *arguments], capture_output=True, text=True, env=variables, cwd=Path(python).parent, timeout=300)
+    return subprocess.run(
+        [python, *arguments],
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=Path(python).parent,
+        timeout=300,
+    )
 
 
 def doctor(python: str, *options: str, environment: dict | None = None) -> tuple[int, dict, str]:
@@ -112,7 +142,11 @@ def doctor(python: str, *options: str, environment: dict | None = None) -> tuple
 
 def set_up(python: str, requirements: tuple[str, ...] = ()) -> str:
     """What the notebook's set-up cell does; returns what it prints."""
-    process = run(python, "-c", f"from dpo_helpers.packages import install_missing; install_missing({requirements!r})")
+    process = run(
+        python,
+        "-c",
+        f"from dpo_helpers.setup.packages import install_missing; install_missing({requirements!r})",
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -125,9 +159,15 @@ def versions(python: str) -> dict[str, str]:
 
 def pip_check(python: str) -> set[str]:
     """The complaints of `pip check`: an opinion that is not ours."""
-    return {line for line in run(python, "-m", "pip", "check").stdout.splitlines() if " requires " in line or " has requirement " in line}
+    return {
+        line
+        for line in run(python, "-m", "pip", "check").stdout.splitlines()
+        if " requires " in line or " has requirement " in line
+    }
 
 
 def difference(before: dict, after: dict) -> dict:
     """name → (old, new) of what differs."""
-    return {n: (before.get(n), after.get(n)) for n in sorted({*before, *after}) if before.get(n) != after.get(n)}
+    return {
+        n: (before.get(n), after.get(n)) for n in sorted({*before, *after}) if before.get(n) != after.get(n)
+    }

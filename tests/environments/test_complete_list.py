@@ -6,7 +6,7 @@ import time
 import pytest
 from simulate import FIXTURES, load_image
 
-from dpo_helpers.conflicts import (
+from dpo_helpers.setup.conflicts import (
     Package,
     add_undeclared,
     find_closure,

@@ -6,17 +6,7 @@ import shutil
 
 import pytest
 from packaging.version import Version
-from simulate import (
-    FIXTURES,
-    difference,
-    doctor,
-    find_site,
-    load_image,
-    make_wheel,
-    pip_check,
-    run,
-    versions,
-)
+from simulate import FIXTURES, difference, doctor, find_site, load_image, make_wheel, pip_check, run, versions
 
 pytestmark = pytest.mark.environments
 TORCH_271 = {
@@ -53,8 +43,12 @@ def complaints(report: dict, kind: str = "ours") -> set[tuple[str, str]]:
 
 
 def june_image(**overlay) -> dict:
-    """The image of the seed's days after `pip install trl==0.19.0 datasets==3.6.0`, with the torch of its error message."""
-    return load_image("image-2025-06-26.json", **TORCH_271, **{"datasets": DATASETS_360, "trl": TRL_0190, **overlay})
+    """The image of the seed's days after `pip install trl==0.19.0 datasets==3.6.0`, with the torch of its
+    error message.
+    """
+    return load_image(
+        "image-2025-06-26.json", **TORCH_271, **{"datasets": DATASETS_360, "trl": TRL_0190, **overlay}
+    )
 
 
 def test_the_seeds_two_conflicts_are_explained_and_cured_by_moving_who_complains(make):
@@ -88,7 +82,11 @@ def test_three_conflicts_after_uv_pip_install_trl_are_cured_without_undoing_it(m
     environment = make(
         load_image("image-2026-08-19.json")
         | overlay
-        | {"matplotlib-fontja": FONTJA, "sacrebleu": SACREBLEU, "torchao": {"version": "0.18.0", "requires": []}}
+        | {
+            "matplotlib-fontja": FONTJA,
+            "sacrebleu": SACREBLEU,
+            "torchao": {"version": "0.18.0", "requires": []},
+        }
     )
     before, baseline = versions(environment), pip_check(environment)
     code, report, _ = doctor(environment, "--metadata-only")
@@ -104,9 +102,19 @@ def test_three_conflicts_after_uv_pip_install_trl_are_cured_without_undoing_it(m
 
 
 def test_a_replaced_torch_is_refused_with_the_way_to_a_fresh_runtime(make):
-    old_torch = {"version": "2.6.0+cu118", "requires": ["filelock", "fsspec", "jinja2", "networkx", "typing-extensions>=4.10.0"]}
+    old_torch = {
+        "version": "2.6.0+cu118",
+        "requires": ["filelock", "fsspec", "jinja2", "networkx", "typing-extensions>=4.10.0"],
+    }
     gcsfs = {"version": "2025.3.2", "requires": ["fsspec==2025.3.2"]}
-    environment = make(load_image("image-2026-08-19.json", torch=old_torch, gcsfs=gcsfs, fsspec={"version": "2025.3.2", "requires": []}))
+    environment = make(
+        load_image(
+            "image-2026-08-19.json",
+            torch=old_torch,
+            gcsfs=gcsfs,
+            fsspec={"version": "2025.3.2", "requires": []},
+        )
+    )
     before = versions(environment)
     code, report, said = doctor(environment, "--metadata-only", "--fix")
     assert code == 1 and report["torch_replaced"]
@@ -115,7 +123,12 @@ def test_a_replaced_torch_is_refused_with_the_way_to_a_fresh_runtime(make):
 
 
 def test_a_package_without_its_files_is_installed_again_in_the_same_version(make):
-    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": []})
+    image = load_image(
+        "image-2026-08-19.json",
+        matplotlib_fontja=FONTJA,
+        sacrebleu=SACREBLEU,
+        trl={"version": "0.29.1", "requires": []},
+    )
     image["torchao"]["version"] = "0.18.0"
     version = image.pop("tqdm")["version"]
     environment = make(image)
@@ -136,7 +149,12 @@ def test_a_package_without_its_files_is_installed_again_in_the_same_version(make
 
 
 def test_a_hopeless_conflict_does_not_keep_a_curable_one_broken(make):
-    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": []})
+    image = load_image(
+        "image-2026-08-19.json",
+        matplotlib_fontja=FONTJA,
+        sacrebleu=SACREBLEU,
+        trl={"version": "0.29.1", "requires": []},
+    )
     image["torchao"]["version"] = "0.18.0"
     image["gcsfs"] = {"version": "2025.3.2", "requires": ["fsspec==2025.3.2"]}
     image["pandas"]["version"] = "2.2.2"  # google-colab asks for 2.2.3, and neither of them may move
@@ -150,8 +168,15 @@ def test_a_hopeless_conflict_does_not_keep_a_curable_one_broken(make):
 
 
 def test_a_repair_that_breaks_something_else_is_rolled_back_exactly(make, tmp_path):
-    """`stranger` also lacks a package, so that pip's resolver is not led to it and cannot foresee the clash."""
-    image = load_image("image-2026-08-19.json", matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": []})
+    """`stranger` also lacks a package, so that pip's resolver is not led to it and cannot foresee the
+    clash.
+    """
+    image = load_image(
+        "image-2026-08-19.json",
+        matplotlib_fontja=FONTJA,
+        sacrebleu=SACREBLEU,
+        trl={"version": "0.29.1", "requires": []},
+    )
     image["torchao"]["version"] = "0.18.0"
     image["stranger"] = {"version": "1.0", "requires": ["gcsfs==2025.3.2", "absent"]}
     image["gcsfs"] = {"version": "2025.3.2", "requires": ["fsspec==2025.3.2"]}
@@ -185,7 +210,10 @@ def test_a_system_python_is_not_touched(make, get_template):
 def test_the_seeds_conflicts_with_the_packages_really_installed(make):
     """Once more, with what complains, what is complained about and datasets as real code that is imported."""
     image = june_image(
-        matplotlib_fontja=FONTJA, sacrebleu=SACREBLEU, trl={"version": "0.29.1", "requires": ["datasets>=3.0.0"]}, fastai=None
+        matplotlib_fontja=FONTJA,
+        sacrebleu=SACREBLEU,
+        trl={"version": "0.29.1", "requires": ["datasets>=3.0.0"]},
+        fastai=None,
     )
     needed = [
         "aiohappyeyeballs",
@@ -247,5 +275,9 @@ def test_the_seeds_conflicts_with_the_packages_really_installed(make):
     code, report, _ = doctor(environment, "--metadata-only", "--fix")
     assert (code, complaints(report)) == (0, set())
     assert pip_check(environment) < baseline
-    imported = run(environment, "-c", "import datasets, fsspec, gcsfs; print(datasets.__version__, fsspec.__version__, gcsfs.__version__)")
+    imported = run(
+        environment,
+        "-c",
+        "import datasets, fsspec, gcsfs; print(datasets.__version__, fsspec.__version__, gcsfs.__version__)",
+    )
     assert imported.stdout.split() == ["3.6.0", "2025.3.0", "2025.3.0"], imported.stderr

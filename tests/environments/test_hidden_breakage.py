@@ -1,7 +1,8 @@
 """Done when 2, and 5 once more: breakage that no metadata shows, with libraries that really run.
 
-The metadata are the image's; peft, torchao and trl are really installed by pip; the other libraries are imported from
-`.venv-colab`, which holds them at the image's versions. One environment goes through the tests in their order.
+The metadata are the image's; peft, torchao and trl are really installed by pip; the other libraries are
+imported from `.venv-colab`, which holds them at the image's versions. One environment goes through the tests
+in their order.
 """
 
 import json
@@ -38,11 +39,15 @@ print(max(p.abs().max().item() for name, p in model.named_parameters() if "lora_
 def colab(make):
     """The image before set-up, peft 0.20.0 and torchao 0.10.0 real."""
     source = find_site(str(ROOT / ".venv-colab" / "bin" / "python"))
-    assert (source / "transformers").is_dir(), "make test-environments needs .venv-colab (make .venv-colab/.installed)"
+    assert (source / "transformers").is_dir(), (
+        "make test-environments needs .venv-colab (make .venv-colab/.installed)"
+    )
     python = make(load_image("image-2026-08-19.json", peft=None, torchao=None))
     process = run(python, "-m", "pip", "install", "--no-deps", "peft==0.20.0", "torchao==0.10.0")
     assert process.returncode == 0, process.stderr
-    link_modules(python, source, find_site(python).parent / "modules", {"peft", "torchao", "trl", "matplotlib_fontja"})
+    link_modules(
+        python, source, find_site(python).parent / "modules", {"peft", "torchao", "trl", "matplotlib_fontja"}
+    )
     return python
 
 
@@ -59,7 +64,10 @@ def test_lora_does_not_start_and_the_doctor_names_torchao_before_set_up(colab):
 def test_the_trial_alone_finds_torchao_when_no_rule_of_ours_knows_it(colab):
     process = run(colab, "-m", "pip", "install", "--no-deps", "trl==0.29.1")
     assert process.returncode == 0, process.stderr
-    code = "from dpo_helpers import conflicts, quick_fix; conflicts.UNDECLARED = (); d = quick_fix.diagnose(); print(d.trial['failed'], d.ours)"
+    code = (
+        "from dpo_helpers import conflicts, quick_fix; conflicts.UNDECLARED = (); d = "
+        "quick_fix.diagnose(); print(d.trial['failed'], d.ours)"
+    )
     said = run(colab, "-c", code).stdout
     assert "LoRA [" in said and "requirement='torchao>=0.16.0'" in said
     run(colab, "-m", "pip", "uninstall", "--yes", "trl")
@@ -69,11 +77,15 @@ def test_after_quick_fix_a_lora_really_trains_one_step(colab):
     before = versions(colab)
     code, report, said = doctor(colab, "--fix")
     assert code == 0, said
-    assert report["trial"] == {**report["trial"], "failed": None, "error": ""} and report["trial"]["passed"][-2:] == ["LoRA", "DPO"]
+    assert report["trial"] == {**report["trial"], "failed": None, "error": ""} and report["trial"]["passed"][
+        -2:
+    ] == ["LoRA", "DPO"]
     changes = difference(before, versions(colab))
     assert {name for name, (old, _) in changes.items() if old} == {"torchao"}
     asked = {"torchao", "trl", "matplotlib-fontja", "sacrebleu"}
-    assert asked <= set(changes) <= asked | {"portalocker", "tabulate", "colorama", "lxml"}  # what sacrebleu needs and is not there
+    assert (
+        asked <= set(changes) <= asked | {"portalocker", "tabulate", "colorama", "lxml"}
+    )  # what sacrebleu needs and is not there
     assert run(colab, "-c", ONE_STEP_OF_LORA).stdout.strip() == "True"
     assert "何も変更しませんでした" in set_up(colab)
 

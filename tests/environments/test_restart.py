@@ -42,8 +42,11 @@ KERNEL = [
 ]
 
 
-INSTALL = "from dpo_helpers.packages import install_missing\nprint(install_missing({requirements!r}, auto_restart={auto_restart}))"
-LOOK = "from dpo_helpers.quick_fix import quick_fix\nprint(quick_fix(metadata_only=True).exit_code)"
+INSTALL = (
+    "from dpo_helpers.setup.packages import install_missing\n"
+    "print(install_missing({requirements!r}, auto_restart={auto_restart}))"
+)
+LOOK = "from dpo_helpers.setup.quick_fix import quick_fix\nprint(quick_fix(metadata_only=True).exit_code)"
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +60,40 @@ def colab(make, tmp_path_factory):
     set_up(python)
     index = tmp_path_factory.mktemp("index")
     for version in ("1.0", "2.0"):
-        make_wheel(index, "made-with-version", version, [], {"made_with_version.py": f"__version__ = '{version}'\n"})
-        make_wheel(index, "made-without-version", version, [], {"made_without_version.py": f"color = '{version}'\n"})
-    variables = {"PYTHONPATH": str(ROOT), "PIP_FIND_LINKS": f"{index} {os.environ.get('PIP_FIND_LINKS', '')}".strip()}
+        make_wheel(
+            index, "made-with-version", version, [], {"made_with_version.py": f"__version__ = '{version}'\n"}
+        )
+        make_wheel(
+            index, "made-without-version", version, [], {"made_without_version.py": f"color = '{version}'\n"}
+        )
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "PIP_FIND_LINKS": f"{index} {os.environ.get('PIP_FIND_LINKS', '')}".strip(),
+    }
     kernel = tmp_path_factory.mktemp("jupyter") / "kernels" / "colab"
     kernel.mkdir(parents=True)
     launch = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": launch, "display_name": "colab", "language": "python", "env": variables}))
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": launch, "display_name": "colab", "language": "python", "env": variables})
+    )
     return python, variables, str(kernel.parents[1])
 
 
 @pytest.fixture
 def run_cells(colab, monkeypatch):
-    """run_cells(*sources) → what each cell printed, in a fresh kernel; both made packages are at 1.0 before the first call."""
+    """run_cells(*sources) → what each cell printed, in a fresh kernel; both made packages are at 1.0
+    before the first call.
+    """
     python, variables, jupyter_path = colab
-    process = run(python, "-m", "pip", "install", "made-with-version==1.0", "made-without-version==1.0", environment=variables)
+    process = run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "made-with-version==1.0",
+        "made-without-version==1.0",
+        environment=variables,
+    )
     assert process.returncode == 0, process.stderr
     monkeypatch.setenv("JUPYTER_PATH", jupyter_path)
 
@@ -89,12 +111,18 @@ def install(*requirements: str, auto_restart: bool = False) -> str:
 
 
 def test_the_kernel_is_colabs(run_cells):
-    said = run_cells("import IPython, ipykernel, sys; print(IPython.__version__, ipykernel.__version__, sys.version[:4])")
+    said = run_cells(
+        "import IPython, ipykernel, sys; print(IPython.__version__, ipykernel.__version__, sys.version[:4])"
+    )
     assert said == ["7.34.0 6.17.1 3.13\n"]
 
 
 def test_no_restart_for_what_changed_before_it_was_imported(run_cells):
-    said = run_cells(install("made-with-version>=2", "made-without-version>=2"), "import made_with_version, made_without_version", LOOK)
+    said = run_cells(
+        install("made-with-version>=2", "made-without-version>=2"),
+        "import made_with_version, made_without_version",
+        LOOK,
+    )
     assert "2.0" in said[0] and "再起動は必要ありません" in said[0] and said[0].endswith("False\n")
     assert "再起動は必要ありません" in said[2] and said[2].endswith("0\n")
 
@@ -111,7 +139,9 @@ def test_a_restart_is_asked_for_when_the_user_moved_it_with_pip(run_cells):
 
 
 def test_the_notebook_goes_on_after_its_own_restart(colab, run_cells):
-    """All cells are queued at once, as "run all" does; the manager brings the kernel back, as Colab's server does."""
+    """All cells are queued at once, as "run all" does; the manager brings the kernel back, as Colab's
+    server does.
+    """
     cells = (
         "import made_with_version\nprint(made_with_version.__version__)",
         install("made-with-version>=2", auto_restart=True),
@@ -125,7 +155,11 @@ def test_the_notebook_goes_on_after_its_own_restart(colab, run_cells):
         client.wait_for_ready(timeout=60)
         first = queue_cells(client, cells)
         assert [status for status, _ in first] == ["ok", "error", "aborted"]
-        assert first[0][1] == "1.0\n" and "再起動が必要です: made-with-version は" in first[1][1] and first[2][1] == ""
+        assert (
+            first[0][1] == "1.0\n"
+            and "再起動が必要です: made-with-version は" in first[1][1]
+            and first[2][1] == ""
+        )
         deadline = time.monotonic() + 10
         while manager.is_alive() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -147,7 +181,9 @@ def queue_cells(client, cells: tuple[str, ...]) -> list[tuple[str, str]]:
     texts, statuses = {client.execute(cell, stop_on_error=True): "" for cell in cells}, {}
     while len(statuses) < len(cells):
         reply = client.get_shell_msg(timeout=120)
-        if reply["parent_header"].get("msg_id") in texts:  # else an answer to the question whether the kernel is ready
+        if (
+            reply["parent_header"].get("msg_id") in texts
+        ):  # else an answer to the question whether the kernel is ready
             statuses[reply["parent_header"]["msg_id"]] = reply["content"]["status"]
     with contextlib.suppress(queue.Empty):
         while True:

@@ -7,7 +7,13 @@ from simulate import difference, doctor, load_image, pip_check, set_up, versions
 
 pytestmark = pytest.mark.environments
 
-SACREBLEU = {"sacrebleu", "portalocker", "tabulate", "colorama", "lxml"}  # it, and what of its own needs the image lacks
+SACREBLEU = {
+    "sacrebleu",
+    "portalocker",
+    "tabulate",
+    "colorama",
+    "lxml",
+}  # it, and what of its own needs the image lacks
 
 
 @pytest.mark.parametrize(("python", "pip"), [("3.13", "24.1.2"), ("3.11", "24.1.2"), ("3.12", "newest")])
@@ -40,7 +46,9 @@ def test_set_up_installs_an_extra_requirement_as_well(make):
     before = versions(environment)
     said = set_up(environment, ("tinydb",))
     assert "tinydb" in said
-    assert {name for name, (old, _) in difference(before, versions(environment)).items() if old} == {"torchao"}
+    assert {name for name, (old, _) in difference(before, versions(environment)).items() if old} == {
+        "torchao"
+    }
 
 
 def test_set_up_stops_where_torch_is_missing_instead_of_choosing_one(make):

@@ -1,0 +1,165 @@
+"""Counts what the installed TRL makes of rows at a given `max_length`: what it cuts, drops or cannot learn
+from; it trains nothing.
+"""
+
+import math
+from importlib.metadata import version
+from itertools import islice
+from typing import NamedTuple
+
+from dpo_helpers.config import UserError
+from dpo_helpers.train.trainers import ANSWER_SIDES, format_row
+
+
+class RowTokens(NamedTuple):
+    """One row in tokens, and what the installed TRL does with it."""
+
+    tokens: int  # of prompt, longer answer and end mark, before the cut
+    answer_tokens: int  # of both answers with their end marks
+    answer_characters: int
+    cut: bool
+    without_answer: bool  # the prompt alone fills max_length
+    equal: bool  # the cut leaves two equal answers
+    merged: bool  # a token spans prompt and answer
+    # neither without an answer nor equal at any TRL from 0.29.1 on, so that all versions train on the same
+    # rows
+    usable: bool
+
+
+def encode_rows(rows, tokenizer):
+    """Yield (prompt ids, prompt + chosen ids, prompt + rejected ids) of each row, uncut, as TRL tokenizes
+    them.
+    """
+    rows, is_chat, eos = iter(rows), bool(tokenizer.chat_template), tokenizer.eos_token
+    while batch := [format_row(row, is_chat) for row in islice(rows, 1000)]:
+        columns = [[row["prompt"] for row in batch]]
+        if is_chat:
+            columns += [[row["prompt"] + row[side] for row in batch] for side in ANSWER_SIDES]
+            encode = tokenizer.apply_chat_template
+            columns = [
+                encode(texts, add_generation_prompt=i == 0, return_dict=True)["input_ids"]
+                for i, texts in enumerate(columns)
+            ]
+        else:
+            columns += [
+                [row["prompt"] + row[side].removesuffix(eos) + eos for row in batch] for side in ANSWER_SIDES
+            ]
+            columns = [tokenizer(texts)["input_ids"] for texts in columns]
+        yield from zip(*columns, strict=True)
+
+
+def measure_rows(rows, tokenizer, max_length: int) -> list[RowTokens]:
+    """Measure every row as the installed TRL would prepare and cut it at `max_length` tokens."""
+    # From 1.15 on TRL lets the answer begin where prompt and prompt + answer diverge, which only a merged
+    # token moves.
+    splits_at_divergence, measured = _trl_is_at_least("1.15"), []
+    for row, (prompt, chosen, rejected) in zip(rows, encode_rows(rows, tokenizer), strict=True):
+        start = min(_common_length(prompt, chosen), _common_length(prompt, rejected))
+        fates = [_find_fate(chosen, rejected, begin, max_length) for begin in (len(prompt), start)]
+        tokens, characters = max(len(chosen), len(rejected)), len(row["chosen"]) + len(row["rejected"])
+        answer_tokens, merged = len(chosen) + len(rejected) - 2 * len(prompt), start < len(prompt)
+        fate, usable = fates[splits_at_divergence], not any(map(any, fates))
+        measured.append(
+            RowTokens(tokens, answer_tokens, characters, tokens > max_length, *fate, merged, usable)
+        )
+    return measured
+
+
+def _trl_is_at_least(wanted: str) -> bool:
+    from packaging.version import Version
+
+    return Version(version("trl")) >= Version(wanted)
+
+
+def _common_length(left: list[int], right: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+
+
+def _find_fate(chosen, rejected, start: int, max_length: int) -> tuple[bool, bool]:
+    """Return (no answer token is left, both answers are equal after the cut) where TRL begins the answers
+    at `start`.
+    """
+    return start >= max_length, start < max_length and chosen[start:max_length] == rejected[start:max_length]
+
+
+def build_token_report(measured: list[RowTokens], max_length: int) -> dict:
+    """Sum up measured rows; `trl_drops`: the installed TRL drops `rows_without_answer`, else it trains on
+    them at a loss of ln 2.
+    """
+    if not measured:
+        raise UserError("行がないので、トークン数を調べられません。データを確かめてください。")
+    lengths = sorted(row.tokens for row in measured)
+    return {
+        "rows": len(measured),
+        "max_length": max_length,
+        "tokens_per_character": round(
+            sum(r.answer_tokens for r in measured) / max(1, sum(r.answer_characters for r in measured)), 3
+        ),
+        "longest": lengths[-1],
+        "max_length_for_99_percent": lengths[math.ceil(0.99 * len(lengths)) - 1],
+        "rows_cut": sum(row.cut for row in measured),
+        "rows_without_answer": sum(row.without_answer for row in measured),
+        "trl_drops": _trl_is_at_least("1.9"),
+        "rows_equal_after_cut": sum(row.equal for row in measured),
+        "rows_merged_at_boundary": sum(row.merged for row in measured),
+        "rows_usable": sum(row.usable for row in measured),
+    }
+
+
+def describe_token_report(report: dict) -> list[dict]:
+    """Return the report as rows of a Japanese table."""
+    fate = "捨てる" if report["trl_drops"] else "答えのないまま学習する"
+    lines = {
+        "rows": ("行数", "調べた行の数"),
+        "tokens_per_character": ("回答 1 文字あたりのトークン数", "大きいほど、入る文が短くなる"),
+        "longest": ("最も長い行（トークン）", "質問、長いほうの回答、終端記号の合計"),
+        "max_length_for_99_percent": ("99 % の行が入る max_length", f"今の上限は {report['max_length']}"),
+        "rows_cut": ("途中で切られる行", "回答の終わりが失われる"),
+        "rows_without_answer": ("質問だけで上限に達する行", f"この版の TRL は{fate}"),
+        "rows_equal_after_cut": ("切ると二つの回答が同じになる行", "学習しても何も覚えない"),
+        "rows_merged_at_boundary": ("質問と回答の境目がくっつく行", "0 が望ましい"),
+        "rows_usable": ("学習に使える行", "残りは drop_unusable が除く"),
+    }
+    return [{"項目": name, "値": report[key], "見方": note} for key, (name, note) in lines.items()]
+
+
+def plot_token_report(measured: list[RowTokens], max_length: int, path=None):
+    """Draw how long the rows are (the longer side, in tokens) beside the limit; save the picture to `path`
+    if given.
+    """
+    import matplotlib.pyplot as plt
+    import matplotlib_fontja  # noqa: F401  (imported for its effect: a font with Japanese glyphs)
+
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    tokens = [row.tokens for row in measured]
+    width = max(
+        1, (max(tokens) - min(tokens)) // 40
+    )  # whole tokens: other bins would hold two lengths here and none there
+    axis.hist(tokens, bins=range(min(tokens), max(tokens) + width + 1, width), color="#0072B2")
+    axis.axvline(max_length, color="#D55E00", linestyle="--", label=f"上限 max_length = {max_length}")
+    axis.set(
+        title="行の長さ：線より右の行は途中で切られる",
+        xlabel="質問と長いほうの回答の長さ（トークン）",
+        ylabel="行数",
+    )
+    axis.legend(fontsize=9)
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    plt.close(figure)  # a notebook shows the returned figure; an open one would come a second time
+    return figure
+
+
+def drop_unusable(rows, tokenizer, max_length: int) -> tuple[list[dict], list[dict]]:
+    """Return (rows with something left to learn at `max_length`, the others), so that every TRL trains on
+    the same rows.
+    """
+    sides = {True: [], False: []}
+    for row, measured in zip(rows, measure_rows(rows, tokenizer, max_length), strict=True):
+        sides[measured.usable].append(row)
+    if not sides[True]:
+        raise UserError(
+            f"{max_length} トークンに収まる行がありません。MAX_LENGTH を増やすか、質問を短くしてください。"
+        )
+    return sides[True], sides[False]

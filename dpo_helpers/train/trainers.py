@@ -1,0 +1,268 @@
+"""Turns a run's configuration and rows into TRL's SFTTrainer and DPOTrainer; the training itself goes
+through train_stage.
+"""
+
+import shutil
+from pathlib import Path
+
+from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.data.generate import strip_question
+from dpo_helpers.keep.run import Run
+from dpo_helpers.machine import Machine, halve_on_out_of_memory
+from dpo_helpers.model.load import check_trainable_precision, load_base_model, make_lora_config
+from dpo_helpers.model.quantization import restore_adapters
+from dpo_helpers.train.loop import train_stage
+
+ANSWER_SIDES = ("chosen", "rejected")
+# What these losses need beside their name: TRL's robust loss without smoothing is the sigmoid one, and
+# exo_pair raises.
+LOSS_ARGUMENTS = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 1e-3}}
+
+
+def format_row(row: dict, has_chat_template: bool) -> dict:
+    """Return prompt, chosen and rejected as TRL reads them: plain text, or messages where the tokenizer
+    has a template.
+    """
+    if not has_chat_template:
+        return {name: row[name] for name in ("prompt", *ANSWER_SIDES)}
+    answers = {side: [{"role": "assistant", "content": row[side]}] for side in ANSWER_SIDES}
+    return {"prompt": [{"role": "user", "content": strip_question(row["prompt"])}], **answers}
+
+
+def make_dataset(rows: list[dict], tokenizer):
+    from datasets import Dataset
+
+    return Dataset.from_list([format_row(row, bool(tokenizer.chat_template)) for row in rows])
+
+
+def sample_curve_rows(held_out_rows: list[dict], count: int = 40) -> list[dict]:
+    """Pick evenly spaced rows for the curve during training; the figures of the run come from all of them
+    afterwards.
+    """
+    step = max(1.0, len(held_out_rows) / count)
+    return [held_out_rows[int(i * step)] for i in range(min(count, len(held_out_rows)))]
+
+
+def make_shared_arguments(config: RunConfig, machine: Machine, output_dir, micro_batch: int) -> dict:
+    """What both stages hand to transformers' TrainingArguments."""
+    return {
+        "output_dir": str(output_dir),
+        "seed": config.seed,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": config.effective_batch_size // micro_batch,
+        "max_length": config.max_length,
+        "max_grad_norm": config.max_grad_norm,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a broken loss must be seen
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_steps,
+        "report_to": config.report_to,
+        "bf16": machine.precision == "bf16",
+        "fp16": machine.precision == "fp16",
+        "use_cpu": machine.device == "cpu",
+        "gradient_checkpointing": False,  # at 128 tokens it costs a forward pass and saves little
+        # every adapter weight takes part in every step; else DDP would search for others
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": machine.device == "cuda",
+        "disable_tqdm": False,  # else quiet_libraries would turn the progress table into lines of raw numbers
+    }
+
+
+def _shared_arguments(run: Run, stage: str) -> dict:
+    return make_shared_arguments(
+        run.config, run.machine, run.checkpoints / f"writing-{stage}", run.micro_batch
+    )
+
+
+def train_sft(run: Run) -> Path | None:
+    """Teach the base model the chosen answers, or go on where that was; return the folder of the warmed-up
+    adapter.
+
+    The loss is the mean negative log-likelihood of the answers' tokens alone; `run.sft_log` holds the log
+    history. With `sft_epochs` 0 there is no warm-up: None.
+    """
+    if run.config.sft_epochs == 0:
+        print("SFT_EPOCHS が 0 なので、教師あり学習は行いません。")
+        return None
+    adapter, checkpoint = run.checkpoints / "warmed-up", run.newest()
+    if checkpoint and checkpoint.stage == "dpo":
+        print("教師あり学習は終わっているので、その結果を使います。")
+        if run.leads:
+            shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
+        run.wait()
+        return adapter
+    trainer = train_stage(run, "sft", _build_sft_trainer)
+    run.sft_log = trainer.state.log_history
+    if run.leads:
+        trainer.model.save_pretrained(adapter)
+    run.wait()
+    return adapter
+
+
+def _build_sft_trainer(run: Run):
+    base, tokenizer = load_base_model(run.config, run.machine)
+    run.use_base(base)
+    return make_sft_trainer(run.config, base, tokenizer, run.train_rows, _shared_arguments(run, "sft"))
+
+
+def make_sft_trainer(config: RunConfig, base, tokenizer, rows: list[dict], arguments: dict):
+    """Return an SFTTrainer that puts a new adapter on `base`; `arguments` go to SFTConfig."""
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    set_seed(
+        config.seed
+    )  # before the adapter is made: TRL 0.29 would draw it from wherever the caller's state is
+    # SFTTrainer reads `completion` beside a prompt, as text or as messages
+    data = make_dataset(rows, tokenizer).remove_columns("rejected").rename_column("chosen", "completion")
+    trainer = SFTTrainer(
+        model=base,
+        args=SFTConfig(
+            num_train_epochs=config.sft_epochs, learning_rate=config.sft_learning_rate, **arguments
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=make_lora_config(config, base),
+    )
+    if config.quantization == "4bit":
+        restore_adapters(trainer.model, None)
+    return _finish_trainer(trainer)
+
+
+def _finish_trainer(trainer):
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+
+    trainer.remove_callback(
+        DEFAULT_PROGRESS_CALLBACK
+    )  # the live view stands in its place, and a look before the training needs none
+    if trainer.is_fsdp_enabled:
+        _check_sharding(trainer.accelerator.state.fsdp_plugin)
+    check_trainable_precision(trainer.model)
+    return trainer
+
+
+def _check_sharding(plugin) -> None:
+    """Refuse what would leave checkpoints without the adapter's own files, or shards that cannot be
+    compared with them.
+    """
+    if plugin.fsdp_version != 2 or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise UserError(
+            "FSDP は、accelerate の設定ファイルの fsdp_config に fsdp_version: 2 と "
+            "fsdp_state_dict_type: FULL_STATE_DICT を書いて使ってください"
+            f"（今の設定：fsdp_version {plugin.fsdp_version}、{plugin.state_dict_type}）。"
+        )
+
+
+def choose_trainer(config):
+    """Return the trainer class that the configuration asks for, and say where it cannot be the fast one."""
+    if config.trains_fast:
+        from dpo_helpers.train.fast import FastDPOTrainer as DPOTrainer
+    else:
+        from trl import DPOTrainer
+
+        if config.trainer == "fast":
+            print(
+                f"TRAINER の fast は LOSS_TYPE が sigmoid のときだけなので、{config.loss_type} は "
+                "TRL の標準の計算で学習します。"
+            )
+    return DPOTrainer
+
+
+def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
+    """Return a DPOTrainer on a freshly loaded base, as make_dpo_trainer says, for the run's rows.
+
+    A sample of the held-out rows is evaluated every `checkpoint_steps` for the plots.
+    """
+    model, tokenizer = load_base_model(run.config, run.machine)
+    run.use_base(model)
+    arguments = {
+        **_shared_arguments(run, "dpo"),
+        "eval_strategy": "steps",
+        "eval_steps": run.config.checkpoint_steps,
+        "eval_on_start": run.newest("dpo") is None,  # a resumed log has that line already
+        "per_device_eval_batch_size": max(
+            1, run.eval_batch // run.process_count
+        ),  # 40 rows then fill every round, none is doubled
+    }
+    curve_rows = make_dataset(sample_curve_rows(run.held_out_rows), tokenizer)
+    return make_dpo_trainer(
+        run.config,
+        model,
+        tokenizer,
+        make_dataset(run.train_rows, tokenizer),
+        arguments,
+        warmed_up,
+        eval_dataset=curve_rows,
+    )
+
+
+def make_dpo_trainer(
+    config: RunConfig, base, tokenizer, data, arguments: dict, warmed_up: Path | None = None, **options
+):
+    """Return a DPOTrainer (Rafailov et al. 2023) that trains one LoRA adapter named `default` on `base`.
+
+    Without a warm-up the adapter is new, and the base itself is the reference. With the folder of a warmed-up
+    adapter it goes on from there, and TRL keeps a frozen copy named `ref` as the reference. `arguments` go to
+    DPOConfig, `options` to the trainer.
+    """
+    from peft import PeftModel
+    from transformers import set_seed
+    from trl import DPOConfig
+
+    set_seed(config.seed)  # as in the warm-up
+    model, lora = base, make_lora_config(config, base)
+    if warmed_up is not None:
+        model, lora = PeftModel.from_pretrained(base, warmed_up, is_trainable=True), None
+    trainer = choose_trainer(config)(
+        model=model,
+        args=DPOConfig(
+            num_train_epochs=config.num_train_epochs,
+            learning_rate=config.learning_rate,
+            beta=config.beta,
+            loss_type=config.loss_type.split("+"),  # TRL adds up the losses of a list
+            **LOSS_ARGUMENTS.get(config.loss_type, {}),
+            **arguments,
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora,
+        **options,
+    )
+    if config.quantization == "4bit":
+        restore_adapters(trainer.model, warmed_up)
+    return _finish_trainer(trainer)
+
+
+def evaluate_curve_rows(trainer) -> dict:
+    """Return what the trainer logs of its held-out sample now: eval_loss, eval_rewards/margins and so on.
+
+    It is read from the log, because TRL 0.29 returns the loss alone from evaluate().
+    """
+
+    def measure(batch_size: int) -> dict:
+        trainer.args.per_device_eval_batch_size = batch_size
+        trainer.evaluate()
+        return trainer.state.log_history[-1]
+
+    return halve_on_out_of_memory(measure, trainer.args.per_device_eval_batch_size, "評価")
+
+
+def train_dpo(run: Run, trainer, warmed_up: Path | None = None):
+    """Train to the end, from the newest checkpoint if there is one; return the trainer that did it.
+
+    That is another one than was given when memory ran out. A trainer that has trained already is left alone,
+    so that a cell run twice does no harm.
+    """
+    if trainer.state.global_step >= trainer.state.max_steps > 0:
+        print(
+            "この学習は終わっています。最初からやり直すには RESUME を「最初から」にして、"
+            "そのセルから実行してください。"
+        )
+        return trainer
+    stopped_before = (
+        trainer.state.global_step > 0
+    )  # its optimizer and adapters may be anywhere: begin from the checkpoint
+    return train_stage(
+        run, "dpo", lambda run: build_dpo_trainer(run, warmed_up), None if stopped_before else trainer
+    )
