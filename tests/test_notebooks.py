@@ -82,7 +82,6 @@ def test_one_cell_holds_every_knob_with_the_packages_default():
 
 
 def test_the_choices_in_the_forms_are_the_packages():
-    
 
     from dpo_helpers.config import LOSS_TYPES, REPORT_TARGETS, TRAINERS
 

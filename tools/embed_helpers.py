@@ -48,7 +48,7 @@ there, there_names = hash_folder(at)
 written = (at / STAMP).read_text().strip() if (at / STAMP).is_file() else None
 {rest}'''
 
-REST = '''\
+REST = """\
 if at.exists() and there == ours:
     print(f"{at} はこのノートブックと同じ内容なので、そのまま使います。")
 elif at.exists() and (written is None or written != there and there_names >= names):
@@ -61,7 +61,7 @@ else:
     for name in [name for name in sys.modules if name.split(".")[0] == "dpo_helpers"]:
         del sys.modules[name]
     print(f"{at} を用意しました。")
-'''
+"""
 
 
 def list_package() -> list[Path]:
@@ -118,7 +118,9 @@ def update_notebook(text: str, source: str) -> str:
 
 def main() -> int:
     source, check = make_cell_source(), "--check" in sys.argv[1:]
-    package = {str(path.relative_to(ROOT / "dpo_helpers").as_posix()): path.read_bytes() for path in list_package()}
+    package = {
+        str(path.relative_to(ROOT / "dpo_helpers").as_posix()): path.read_bytes() for path in list_package()
+    }
     different = []
     for path in (ROOT / name for name in NOTEBOOKS):
         text = path.read_text(encoding="utf-8")
@@ -129,7 +131,9 @@ def main() -> int:
             different.append(path.name)
             if not check:
                 path.write_text(update_notebook(text, source), encoding="utf-8", newline="\n")
-    print(f"{len(source.encode()):,} bytes in the cell; {'differ' if check else 'rewritten'}: {different or 'none'}")
+    print(
+        f"{len(source.encode()):,} bytes in the cell; {'differ' if check else 'rewritten'}: {different or 'none'}"
+    )
     return 1 if different and check else 0
 
 

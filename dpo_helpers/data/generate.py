@@ -14,6 +14,7 @@ PROMPT_TEMPLATE = (
 )
 QUESTION_PREFIXES = ("質問:", "質問：")
 ANSWER_MARK = "回答:"
+SIDES = ("chosen", "rejected")
 FIELDS = ("AI", "プログラミング", "データサイエンス")
 REJECTION_KINDS = ("vague", "evasive", "wrong_concept", "off_topic", "unfinished", "repetitive", "rude")
 CHOICES_PER_CELL = (

@@ -4,11 +4,10 @@ from; it trains nothing.
 
 import math
 from importlib.metadata import version
-from itertools import islice
 from typing import NamedTuple
 
 from dpo_helpers.config import UserError
-from dpo_helpers.train.trainers import ANSWER_SIDES, format_row
+from dpo_helpers.data.generate import SIDES, make_prompt, strip_question
 
 
 class RowTokens(NamedTuple):
@@ -26,42 +25,57 @@ class RowTokens(NamedTuple):
     usable: bool
 
 
-def encode_rows(rows, tokenizer):
-    """Yield (prompt ids, prompt + chosen ids, prompt + rejected ids) of each row, uncut, as TRL tokenizes
-    them.
+def format_row(row: dict, has_chat_template: bool) -> dict:
+    """Return prompt, chosen and rejected as TRL reads them: text, or messages for a chat template."""
+    if not has_chat_template:
+        return {name: row[name] for name in ("prompt", *SIDES)}
+    answers = {side: [{"role": "assistant", "content": row[side]}] for side in SIDES}
+    return {"prompt": [{"role": "user", "content": strip_question(row["prompt"])}], **answers}
+
+
+def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Return the token ids of questions, in the tokenizer's chat template, or in the project's if it has none.
+
+    A question with 質問: in front gives the same ids as without.
     """
-    rows, is_chat, eos = iter(rows), bool(tokenizer.chat_template), tokenizer.eos_token
-    while batch := [format_row(row, is_chat) for row in islice(rows, 1000)]:
-        columns = [[row["prompt"] for row in batch]]
-        if is_chat:
-            columns += [[row["prompt"] + row[side] for row in batch] for side in ANSWER_SIDES]
-            encode = tokenizer.apply_chat_template
-            columns = [
-                encode(texts, add_generation_prompt=i == 0, return_dict=True)["input_ids"]
-                for i, texts in enumerate(columns)
-            ]
-        else:
-            columns += [
-                [row["prompt"] + row[side].removesuffix(eos) + eos for row in batch] for side in ANSWER_SIDES
-            ]
-            columns = [tokenizer(texts)["input_ids"] for texts in columns]
-        yield from zip(*columns, strict=True)
+    if not (prompts and tokenizer.chat_template):
+        return tokenizer([make_prompt(prompt) for prompt in prompts])["input_ids"] if prompts else []
+    messages = [[{"role": "user", "content": strip_question(prompt)}] for prompt in prompts]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def encode_answers(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Return (ids of the prompt, ids of prompt, answer and end mark) of each (prompt, answer), uncut.
+
+    These are the ids that TRL makes of the same rows.
+    """
+    end, prompts = tokenizer.eos_token, [prompt for prompt, _ in pairs]
+    if tokenizer.chat_template:
+        messages = [
+            [{"role": "user", "content": strip_question(prompt)}, {"role": "assistant", "content": answer}]
+            for prompt, answer in pairs
+        ]
+        starts = encode_prompts(tokenizer, prompts)
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    else:
+        starts = tokenizer(prompts)["input_ids"]
+        whole = tokenizer([prompt + answer.removesuffix(end) + end for prompt, answer in pairs])["input_ids"]
+    return list(zip(starts, whole, strict=True))
 
 
 def measure_rows(rows, tokenizer, max_length: int) -> list[RowTokens]:
     """Measure every row as the installed TRL would prepare and cut it at `max_length` tokens."""
-    # From 1.15 on TRL lets the answer begin where prompt and prompt + answer diverge, which only a merged
-    # token moves.
-    splits_at_divergence, measured = _trl_is_at_least("1.15"), []
-    for row, (prompt, chosen, rejected) in zip(rows, encode_rows(rows, tokenizer), strict=True):
+    # From 1.15 on TRL lets the answer begin where prompt and answer diverge, which only a merged token moves.
+    splits_at_divergence, measured, rows = _trl_is_at_least("1.15"), [], list(rows)
+    sides = [encode_answers(tokenizer, [(row["prompt"], row[side]) for row in rows]) for side in SIDES]
+    for row, (prompt, chosen), (_, rejected) in zip(rows, *sides, strict=True):
         start = min(_common_length(prompt, chosen), _common_length(prompt, rejected))
         fates = [_find_fate(chosen, rejected, begin, max_length) for begin in (len(prompt), start)]
         tokens, characters = max(len(chosen), len(rejected)), len(row["chosen"]) + len(row["rejected"])
         answer_tokens, merged = len(chosen) + len(rejected) - 2 * len(prompt), start < len(prompt)
         fate, usable = fates[splits_at_divergence], not any(map(any, fates))
-        measured.append(
-            RowTokens(tokens, answer_tokens, characters, tokens > max_length, *fate, merged, usable)
-        )
+        cut = tokens > max_length
+        measured.append(RowTokens(tokens, answer_tokens, characters, cut, *fate, merged, usable))
     return measured
 
 

@@ -6,7 +6,8 @@ import math
 import re
 
 from dpo_helpers.data.generate import strip_question
-from dpo_helpers.judge.scores import encode_answer, score_answers
+from dpo_helpers.data.tokens import encode_answers
+from dpo_helpers.judge.scores import score_answers
 from dpo_helpers.model.answer import use_stage
 from dpo_helpers.tables import pick_rows
 
@@ -126,7 +127,8 @@ def _limit_answers(tokenizer, rows: list[dict], max_length: int) -> int:
     """Return how many tokens an answer may have: a little more than the longest chosen one, within the
     trained length.
     """
-    encoded = [encode_answer(tokenizer, row["prompt"], row["chosen"], max_length) for row in rows]
+    pairs = [(row["prompt"], row["chosen"]) for row in rows]
+    encoded = [(ids[:max_length], len(start)) for start, ids in encode_answers(tokenizer, pairs)]
     longest_prompt = max(prompt_length for _, prompt_length in encoded)
     longest_answer = max(len(ids) - prompt_length for ids, prompt_length in encoded)
     return max(16, min(longest_answer + 16, max_length - longest_prompt))
@@ -148,8 +150,8 @@ def measure_reference_distance(model, tokenizer, pairs: list[tuple[str, str]], m
             scores[stage] = score_answers(model, tokenizer, pairs, max_length)
     model.train(was_training)
     tokens = []
-    for prompt, answer in pairs:
-        ids, prompt_length = encode_answer(tokenizer, prompt, answer, max_length)
+    for start, ids in encode_answers(tokenizer, pairs):
+        ids, prompt_length = ids[:max_length], len(start)
         tokens.append(
             max(1, len(ids) - prompt_length)
         )  # a prompt that fills max_length leaves none, and a difference of 0

@@ -4,7 +4,9 @@ chosen answer.
 
 import random
 
-from dpo_helpers.judge.scores import SIDES, encode_answer, score_answers, summarize_scores
+from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.tokens import encode_answers
+from dpo_helpers.judge.scores import score_answers, summarize_scores
 from dpo_helpers.model.answer import use_stage
 
 
@@ -31,7 +33,7 @@ def compare_base_log_probs(model, tokenizer, rows: list[dict], max_length: int) 
         for side in SIDES:
             pairs = [(row["prompt"], row[side]) for row in rows]
             sums[side] = score_answers(model, tokenizer, pairs, max_length)
-            encoded = [encode_answer(tokenizer, prompt, answer, max_length) for prompt, answer in pairs]
+            encoded = [(ids[:max_length], len(start)) for start, ids in encode_answers(tokenizer, pairs)]
             # a prompt that fills max_length leaves no token of the answer, and a sum of 0
             tokens = [max(1, len(ids) - prompt_length) for ids, prompt_length in encoded]
             means[side] = [total / count for total, count in zip(sums[side], tokens, strict=True)]

@@ -4,29 +4,10 @@ margin.
 
 import math
 
-from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.machine import halve_on_out_of_memory
-from dpo_helpers.model.answer import encode_question, use_stage
-
-SIDES = ("chosen", "rejected")
-
-
-def encode_answer(tokenizer, prompt: str, answer: str, max_length: int) -> tuple[list[int], int]:
-    """Return (token ids of prompt, answer and EOS, number of prompt tokens) as TRL prepares and cuts them
-    (at the end).
-    """
-    prompt_ids = (
-        encode_question(tokenizer, prompt) if tokenizer.chat_template else tokenizer(prompt)["input_ids"]
-    )
-    if tokenizer.chat_template:
-        messages = [
-            {"role": "user", "content": strip_question(prompt)},
-            {"role": "assistant", "content": answer},
-        ]
-        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]
-    return ids[:max_length], len(prompt_ids)
+from dpo_helpers.model.answer import use_stage
 
 
 def score_answers(
@@ -35,7 +16,7 @@ def score_answers(
     """Return log p(answer | prompt) in nats, summed over the answer's tokens and EOS, for each (prompt,
     answer).
     """
-    encoded = [encode_answer(tokenizer, prompt, answer, max_length) for prompt, answer in pairs]
+    encoded = [(ids[:max_length], len(start)) for start, ids in encode_answers(tokenizer, pairs)]
     return halve_on_out_of_memory(
         lambda size: score_encoded(model, tokenizer, encoded, size), batch_size, "評価"
     )

@@ -4,24 +4,10 @@ trains one.
 
 from contextlib import contextmanager
 
-from dpo_helpers.data.generate import make_prompt, strip_question
+from dpo_helpers.data.tokens import encode_prompts
 from dpo_helpers.machine import halve_on_out_of_memory
 
 ANSWER_STAGES = {"base": "① ベースモデル", "reference": "② 教師あり学習の後", "policy": "③ DPO の後"}
-
-
-def encode_question(tokenizer, question: str) -> list[int]:
-    """Return the prompt's token ids: the chat template's where the tokenizer has one, else the project's
-    template's.
-
-    A question with 質問: in front gives the same ids as without.
-    """
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": strip_question(question)}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    return tokenizer(make_prompt(question))["input_ids"]
 
 
 def generate_response(
@@ -56,7 +42,7 @@ def generate_response(
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": find_stop_tokens(model, tokenizer),
     }
-    prompts = [encode_question(tokenizer, question) for question in questions]
+    prompts = encode_prompts(tokenizer, questions)
 
     def answer_all(size: int) -> list[str]:
         answers = []

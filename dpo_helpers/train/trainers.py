@@ -6,27 +6,16 @@ import shutil
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig, UserError
-from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.tokens import format_row
 from dpo_helpers.keep.run import Run
 from dpo_helpers.machine import Machine, halve_on_out_of_memory
 from dpo_helpers.model.load import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.model.quantization import restore_adapters
 from dpo_helpers.train.loop import train_stage
 
-ANSWER_SIDES = ("chosen", "rejected")
 # What these losses need beside their name: TRL's robust loss without smoothing is the sigmoid one, and
 # exo_pair raises.
 LOSS_ARGUMENTS = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 1e-3}}
-
-
-def format_row(row: dict, has_chat_template: bool) -> dict:
-    """Return prompt, chosen and rejected as TRL reads them: plain text, or messages where the tokenizer
-    has a template.
-    """
-    if not has_chat_template:
-        return {name: row[name] for name in ("prompt", *ANSWER_SIDES)}
-    answers = {side: [{"role": "assistant", "content": row[side]}] for side in ANSWER_SIDES}
-    return {"prompt": [{"role": "user", "content": strip_question(row["prompt"])}], **answers}
 
 
 def make_dataset(rows: list[dict], tokenizer):

@@ -15,7 +15,7 @@ from dpo_helpers.data.generate import (
     split_rows,
     strip_question,
 )
-from dpo_helpers.judge.scores import encode_answer
+from dpo_helpers.data.tokens import encode_answers
 
 
 def test_there_are_150_concepts_with_one_fact_for_each_of_six_forms():
@@ -85,9 +85,9 @@ def test_every_row_fits_into_128_tokens_and_no_token_spans_prompt_and_answer(nam
     for row in generate_preferences(50_400, seed=42)[::7]:
         prompt_ids = tokenizer(row["prompt"])["input_ids"]
         for side in ("chosen", "rejected"):
-            ids, prompt_length = encode_answer(tokenizer, row["prompt"], row[side], max_length=10_000)
+            ((prompt, ids),) = encode_answers(tokenizer, [(row["prompt"], row[side])])
             assert len(ids) <= 128, row
-            assert ids[:prompt_length] == prompt_ids and ids[-1] == tokenizer.eos_token_id, row
+            assert ids[: len(prompt)] == prompt_ids == prompt and ids[-1] == tokenizer.eos_token_id, row
 
 
 @pytest.mark.parametrize("count", [30, 300, 1000])

@@ -11,7 +11,7 @@ from dpo_helpers.data.tokens import (
     build_token_report,
     describe_token_report,
     drop_unusable,
-    encode_rows,
+    encode_answers,
     measure_rows,
     plot_token_report,
 )
@@ -168,8 +168,9 @@ def test_a_token_over_the_boundary_is_counted():
 
 
 def test_an_end_mark_that_is_there_already_is_not_added_again():
-    assert list(encode_rows([{"prompt": "p", "chosen": "a$", "rejected": "c"}], Characters())) == [
-        ([112], [112, 97, 36], [112, 99, 36])
+    assert encode_answers(Characters(), [("p", "a$"), ("p", "c")]) == [
+        ([112], [112, 97, 36]),
+        ([112], [112, 99, 36]),
     ]
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from dpo_helpers.model.answer import encode_question, find_stop_tokens, generate_response
+from dpo_helpers.data.tokens import encode_prompts
+from dpo_helpers.model.answer import find_stop_tokens, generate_response
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor "
@@ -23,8 +24,8 @@ def test_a_question_with_and_without_its_mark_gives_the_same_token_ids(embedded_
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
     tokenizer.chat_template = template
-    ids = encode_question(tokenizer, "AIとは何ですか？")
-    assert ids == encode_question(tokenizer, "質問: AIとは何ですか？")
+    (ids,) = encode_prompts(tokenizer, ["AIとは何ですか？"])
+    assert [ids] == encode_prompts(tokenizer, ["質問: AIとは何ですか？"])
     assert tokenizer.decode(ids) == (
         "<user>AIとは何ですか？<|endoftext|><assistant>" if template else "質問: AIとは何ですか？\n回答:\n"
     )

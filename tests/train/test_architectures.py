@@ -6,9 +6,10 @@ import pytest
 
 from dpo_helpers.config import RunConfig, UserError
 from dpo_helpers.data.generate import generate_preferences, split_rows
+from dpo_helpers.data.tokens import encode_prompts
 from dpo_helpers.judge.scores import score_rows
 from dpo_helpers.keep.storage import load_run, save_model
-from dpo_helpers.model.answer import encode_question, generate_response
+from dpo_helpers.model.answer import generate_response
 from dpo_helpers.model.load import load_base_model, load_tokenizer, make_lora_config
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
@@ -163,7 +164,7 @@ def test_a_tokenizer_that_ends_every_text_no_longer_does(trained, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "t5"))
     assert (
         tokenizer("質問: AI")["input_ids"]
-        == encode_question(tokenizer, "AI")[: len(tokenizer("質問: AI")["input_ids"])]
+        == encode_prompts(tokenizer, ["AI"])[0][: len(tokenizer("質問: AI")["input_ids"])]
     )
     tokenizer.save_pretrained(tmp_path / "run")
     for again in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "run")):

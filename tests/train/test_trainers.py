@@ -5,6 +5,7 @@ import math
 import pytest
 
 from dpo_helpers.config import RunConfig
+from dpo_helpers.data.tokens import format_row
 from dpo_helpers.judge.monitoring import summarize_training
 from dpo_helpers.judge.scores import score_rows, summarize_scores
 from dpo_helpers.model.answer import use_stage
@@ -12,7 +13,6 @@ from dpo_helpers.model.load import load_base_model
 from dpo_helpers.train.trainers import (
     build_dpo_trainer,
     evaluate_curve_rows,
-    format_row,
     make_dataset,
     sample_curve_rows,
     train_dpo,
@@ -113,7 +113,7 @@ def test_our_figures_are_those_of_trl(tiny_models, rows, run, sft_epochs):
 
 
 def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, start_run, tmp_path):
-    from dpo_helpers.judge.scores import encode_answer
+    from dpo_helpers.data.tokens import encode_answers
 
     for template in (None, CHAT):
         config = make_config(tiny_models["gpt2"])
@@ -125,11 +125,9 @@ def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, start_run,
         trainer = build_dpo_trainer(start_run(make_config(tmp_path / "model"), rows[:8], rows[8:12]))
         for row, prepared in zip(rows[:8], trainer.train_dataset, strict=True):
             for side in ("chosen", "rejected"):
-                ids, prompt_length = encode_answer(
-                    trainer.processing_class, row["prompt"], row[side], config.max_length
-                )
+                ((prompt, ids),) = encode_answers(trainer.processing_class, [(row["prompt"], row[side])])
                 assert ids == prepared["prompt_ids"] + prepared[f"{side}_ids"]
-                assert prompt_length == len(prepared["prompt_ids"])
+                assert prompt == prepared["prompt_ids"]
 
 
 def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, run):
