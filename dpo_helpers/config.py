@@ -1,8 +1,9 @@
-"""Holds the settings of one training run: the values, their allowed ranges, and their JSON file."""
+"""Holds what a user decides: the settings of one training run, the switches of the notebook, their ranges."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+
+from dpo_helpers.errors import UserError
+from dpo_helpers.files import read_json, write_json
 
 # Losses that TRL offers from 0.29.1 on and that need nothing but pairs of answers.
 LOSS_TYPES = (
@@ -19,34 +20,6 @@ LOSS_TYPES = (
 )
 TRAINERS = ("fast", "stock")
 REPORT_TARGETS = ("none", "tensorboard", "trackio", "wandb")
-
-
-class UserError(Exception):
-    """A problem that the user can solve; its Japanese text says what, where and what to do next."""
-
-    def _render_traceback_(self):
-        # IPython calls this hook: a beginner reads the message alone, without forty lines of library frames.
-        return ["", f"⚠️ {self}"]
-
-
-class TrainingStopped(UserError):
-    """The training ended early; `reason` is "nan" or "interrupted"."""
-
-    def __init__(self, text: str, reason: str, step: int):
-        super().__init__(text)
-        self.reason, self.step = reason, step
-
-
-def read_json(path, what: str):
-    """Return what a JSON file holds, with or without a byte order mark; `what` names it in the UserError
-    where it cannot be read.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} が見つかりません。パスを確かめてください。") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{what} {path} を読めません（{error}）。JSON の書き方を確かめてください。") from None
 
 
 def _knob(default, note, allowed):
@@ -101,28 +74,7 @@ class RunConfig:
     report_to: str = _knob("none", "記録の送り先", REPORT_TARGETS)
 
     def __post_init__(self):
-        problems = [text for item in fields(self) if (text := self._settle(item))]
-        if problems:
-            raise UserError(
-                "設定に誤りがあります。次の値を直して、もう一度実行してください。\n" + "\n".join(problems)
-            )
-
-    def _settle(self, item) -> str | None:
-        """Convert one value to its declared type, or say in Japanese what is wrong with it."""
-        value, allowed = getattr(self, item.name), item.metadata["allowed"]
-        try:
-            value = _convert(value, item.type)
-        except ValueError:
-            return f"  {item.name} = {value!r}：{_TYPE_NAMES[item.type]}で指定してください。"
-        object.__setattr__(self, item.name, value)
-        if item.type is str:
-            if not value:
-                return f"  {item.name}：空にはできません。"
-            if allowed and value not in allowed:
-                return f"  {item.name} = {value!r}：{', '.join(allowed)} のどれかを選んでください。"
-        elif not allowed[0] <= value <= allowed[1]:
-            return f"  {item.name} = {value!r}：{allowed[0]:g} 以上 {allowed[1]:g} 以下にしてください。"
-        return None
+        _settle(self)
 
     @property
     def effective_batch_size(self) -> int:
@@ -139,26 +91,11 @@ class RunConfig:
         """LoRA's alpha, from the scale that matters: alpha = scale * r (Hu et al. 2021, section 4.1)."""
         return self.lora_scale * self.lora_rank
 
-    @classmethod
-    def from_form(cls, names: dict, file: str = "") -> "RunConfig":
-        """Read the notebook's form variables, the knobs' names in capitals, or, where one is given, a file
-        instead of them.
-        """
-        if file:
-            print(f"設定は {file} から読みます（設定のセルの値は使いません）。")
-            return cls.load(file)
-        return cls(
-            **{item.name: names[item.name.upper()] for item in fields(cls) if item.name.upper() in names}
-        )
-
     def as_dict(self) -> dict:
         return asdict(self)
 
     def save(self, path) -> None:
-        """Write the JSON file aside and rename it: a process killed meanwhile leaves no half of it."""
-        aside = Path(f"{path}.new")
-        aside.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path) -> "RunConfig":
@@ -185,18 +122,99 @@ class RunConfig:
         return [f"{name}: {mine[name]} → {theirs[name]}" for name in mine if mine[name] != theirs[name]]
 
 
-_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列"}
+@dataclass(frozen=True)
+class Switches:
+    """What the notebook does beside training: where it runs, reads and saves. None of it changes what is learned."""
+
+    data_file: str = _knob("", "自分のデータのファイルか、Hub のデータセット名。空なら自動生成", None)
+    use_drive: bool = _knob(True, "Google Drive に途中経過と結果を保存するか", None)
+    run_name: str = _knob("run", "結果を置くフォルダの名前", None)
+    resume: str = _knob("自動", "前の続きから（自動）か、新しく始めるか", ("自動", "最初から"))
+    device: str = _knob("auto", "使うデバイス", ("auto", "cuda", "cpu"))
+    config_file: str = _knob("", "実験ノートブックが書いた設定ファイル。空なら設定のセルの値", None)
+    upload_file: bool = _knob(False, "データのファイルをアップロードするか", None)
+    drop_bad_rows: bool = _knob(False, "誤りのある行を除いて続けるか（オフなら止まる）", None)
+    download_zip: bool = _knob(False, "結果の zip をダウンロードするか", None)
+    unmount_drive: bool = _knob(False, "最後に Google Drive を切り離すか", None)
+    hub_repo: str = _knob("ユーザー名/モデル名", "共有するときの Hugging Face Hub のリポジトリ", None)
+    share: bool = _knob(False, "共有するファイルとモデルカードを表示するか", None)
+    push: bool = _knob(False, "Hugging Face Hub に実際に送るか", None)
+
+    def __post_init__(self):
+        _settle(self)
+
+
+def read_form(names: dict) -> tuple[RunConfig, Switches]:
+    """Read the notebook's parameter cell: forms in capitals, and the rest in the dictionary MORE.
+
+    `names` are the notebook's globals. A name that is unknown, or given in both places, raises UserError, as a
+    value out of its range does. A `config_file` takes the place of the run's settings.
+    """
+    knobs = [item.name for item in fields(RunConfig)]
+    known = knobs + [item.name for item in fields(Switches)]
+    values = {name: names[name.upper()] for name in known if name.upper() in names}
+    more = {str(name).lower(): value for name, value in names.get("MORE", {}).items()}
+    if unknown := [name for name in more if name not in known]:
+        raise UserError(
+            f"MORE に知らない項目があります：{', '.join(unknown)}。使える項目：{', '.join(known)}"
+        )
+    if twice := [name.upper() for name in more if name in values]:
+        raise UserError(
+            f"{', '.join(twice)} は上のフォームにあります。MORE からは消して、フォームの値を変えてください。"
+        )
+    values |= more
+    switches = Switches(**{name: value for name, value in values.items() if name not in knobs})
+    if switches.config_file:
+        print(f"学習の設定は {switches.config_file} から読みます（設定のセルの値は使いません）。")
+        return RunConfig.load(switches.config_file), switches
+    return RunConfig(**{name: value for name, value in values.items() if name in knobs}), switches
+
+
+def describe_settings(config: RunConfig) -> str:
+    """Say in Japanese what differs from the default settings, with what each of it means."""
+    notes = {item.name: item.metadata["note"] for item in fields(config)}
+    changed = RunConfig().differences(config)
+    lines = [f"・{line}（{notes[line.split(':')[0]]}）" for line in changed]
+    return "\n".join(["既定から変えた設定：", *lines]) if lines else "すべて既定の設定です。"
+
+
+def _settle(settings) -> None:
+    """Convert every value to its declared type, or raise UserError with everything that is wrong."""
+    problems = [text for item in fields(settings) if (text := _settle_one(settings, item))]
+    if problems:
+        advice = "設定に誤りがあります。次の値を直して、もう一度実行してください。"
+        raise UserError("\n".join([advice, *problems]))
+
+
+def _settle_one(settings, item) -> str | None:
+    value, allowed = getattr(settings, item.name), item.metadata["allowed"]
+    try:
+        value = _convert(value, item.type)
+    except (ValueError, OverflowError):  # the latter: an infinite number for an integer
+        return f"  {item.name} = {value!r}：{_TYPE_NAMES[item.type]}で指定してください。"
+    object.__setattr__(settings, item.name, value)
+    if item.type is str:
+        if not value and item.default:
+            return f"  {item.name}：空にはできません。"
+        if allowed and value not in allowed:
+            return f"  {item.name} = {value!r}：{', '.join(allowed)} のどれかを選んでください。"
+    elif item.type is not bool and not allowed[0] <= value <= allowed[1]:
+        return f"  {item.name} = {value!r}：{allowed[0]:g} 以上 {allowed[1]:g} 以下にしてください。"
+    return None
+
+
+_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False"}
 
 
 def _convert(value, kind):
     """Convert form and command-line values: "5e-6" is a float, 1.0 an integer, True neither."""
-    if isinstance(value, bool) or value is None:
-        raise ValueError(value)
-    if kind is str:
-        if not isinstance(value, str):
+    if kind in (str, bool):
+        if not isinstance(value, kind):
             raise ValueError(value)
-        return value.strip()
-    number = float(value) if isinstance(value, (str, int, float)) else None
-    if number is None or number != number or (kind is int and number != int(number)):
+        return value.strip() if kind is str else value
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(value)
+    number = float(value)
+    if number != number or (kind is int and number != int(number)):
         raise ValueError(value)
     return kind(number)

@@ -1,6 +1,7 @@
-"""Writes, copies and compares single files; a file that is there already is overwritten in place.
+"""Reads and writes single files; nothing here knows what is in them.
 
-On Google Drive every file that is replaced, renamed or deleted goes to the bin and fills it.
+A file on this machine is written aside and renamed, so that it is whole or not there. On Google Drive, where what
+is renamed or deleted fills the bin, files are overwritten in place and read back.
 """
 
 import hashlib
@@ -9,16 +10,45 @@ import os
 import shutil
 from pathlib import Path
 
+from dpo_helpers.errors import UserError
+
+
+def read_json(path, what: str):
+    """Return what a JSON file holds, with or without a byte order mark; `what` names it in the UserError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} が見つかりません。パスを確かめてください。") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{what} {path} を読めません（{error}）。JSON の書き方を確かめてください。") from None
+
+
+def read_rows(path, what: str) -> list[dict]:
+    """Return the objects of a JSON Lines file; a line ends at "\\n" alone, since texts may hold U+2028."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{what} {path} を読めません（{error}）。壊れていないか確かめてください。") from None
+
+
+def write_whole(path, text: str) -> None:
+    """Write a text file aside, down to the disk, and rename it: a process killed meanwhile leaves no half of it."""
+    aside = Path(f"{path}.new")
+    with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
 
 def write_json(path, value) -> None:
-    Path(path).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_rows(path, rows: list[dict]) -> None:
     """Write rows as JSON Lines, UTF-8, one a line."""
-    Path(path).write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_in_place(path: Path, source, mode: str | None = None) -> None:
@@ -33,8 +63,7 @@ def write_in_place(path: Path, source, mode: str | None = None) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file over another and read it back; raises OSError where that does not work or does not match.
 
-    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this
-    machine.
+    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this machine.
     """
     target.parent.mkdir(exist_ok=True)
     with open(source, "rb") as content:

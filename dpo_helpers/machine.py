@@ -9,12 +9,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 
-# Tokens of one forward pass of the fast trainer. On a CPU, longer ones lose more in attention, which visits
-# the masked pairs
-# beside its own too, than they win in the layers; on a GPU, short ones leave it waiting for the next kernel.
-PACK_TOKENS = {"cpu": 512, "mps": 4096, "cuda": 4096}
+# Tokens of one forward pass of the fast trainer. On a CPU, longer ones lose more in attention, which visits the
+# masked pairs beside its own too, than they win in the layers; on a GPU, short ones leave it waiting for kernels.
+PACK_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Machine:
     else None.
     """
 
-    device: str  # "cuda", "mps" or "cpu"
+    device: str  # "cuda" or "cpu"
     name: str
     capability: tuple[int, int] | None
     device_memory: int | None
@@ -65,22 +65,18 @@ def choose_micro_batch(config: RunConfig, device: str) -> int:
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Look at the hardware; `device` is "auto", "cuda", "mps" or "cpu". Raises UserError if the one asked
-    for is absent.
-    """
+    """Look at the hardware; `device` is "auto", "cuda" or "cpu". Raises UserError if the one asked for is absent."""
     import psutil
     import torch  # here, so that importing this module works in a kernel whose torch is broken
 
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device != "auto" and device not in have:
-        raise UserError(f"デバイス {device!r} は使えません。auto, cuda, mps, cpu のどれかを選んでください。")
-    if device != "auto" and not have[device]:
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"デバイス {device!r} は使えません。auto, cuda, cpu のどれかを選んでください。")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"デバイス {device} が見つかりません。Colab では「ランタイム → "
-            "ランタイムのタイプを変更」で T4 GPU を選ぶか、"
-            "DEVICE を auto にしてください。"
+            "GPU（cuda）が見つかりません。Colab では「ランタイム → ランタイムのタイプを変更」で T4 GPU を選ぶか、"
+            "device を auto にしてください。"
         )
-    chosen = device if device != "auto" else next(name for name in ("cuda", "mps", "cpu") if have[name])
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     memory = psutil.virtual_memory().total
     if chosen != "cuda":
         return Machine(
@@ -102,19 +98,19 @@ def find_machine(device: str = "auto") -> Machine:
 def describe_machine(machine: Machine) -> str:
     """Tell a beginner in Japanese what the run will use, and why."""
     reasons = {
-        "bf16": "計算能力 8.0 以上の GPU なので bf16 の自動混合精度を使います。",
-        "fp16": "計算能力 7.x の GPU（T4、V100 など）なので fp16 の自動混合精度を使います。"
+        "bf16": "Compute Capability 8.0 以上の GPU なので bf16 の自動混合精度を使います。",
+        "fp16": "Compute Capability 7.x の GPU（T4、V100 など）なので fp16 の自動混合精度を使います。"
         "重みは float32 のままです。",
         "fp32": "GPU がないので float32 で計算します。",
     }
     reason = reasons[machine.precision]
     if machine.device == "cuda" and machine.precision == "fp32":
-        reason = "計算能力 7.0 未満の GPU には fp16 の専用回路がないため、float32 で計算します。"
-    lines = [f"実行環境：{'Google Colab' if machine.in_colab else 'Colab 以外'}", f"計算装置：{machine.name}"]
+        reason = "Compute Capability 7.0 未満の GPU には fp16 の専用回路がないため、float32 で計算します。"
+    lines = [f"実行環境：{'Google Colab' if machine.in_colab else 'Colab 以外'}", f"デバイス：{machine.name}"]
     if machine.capability:
-        lines.append(f"計算能力：{machine.capability[0]}.{machine.capability[1]}")
-        lines.append(f"GPU メモリー：{machine.device_memory / 1e9:.1f} GB")
-    lines += [f"メインメモリー：{machine.main_memory / 1e9:.1f} GB", f"精度：{machine.precision}（{reason}）"]
+        lines.append(f"Compute Capability：{machine.capability[0]}.{machine.capability[1]}")
+        lines.append(f"GPU メモリ：{machine.device_memory / 1e9:.1f} GB")
+    lines += [f"メインメモリ：{machine.main_memory / 1e9:.1f} GB", f"精度：{machine.precision}（{reason}）"]
     if machine.in_colab and machine.device != "cuda":
         lines.append(
             "⚠️ GPU がありません。「ランタイム → ランタイムのタイプを変更」で T4 GPU "
@@ -124,21 +120,14 @@ def describe_machine(machine: Machine) -> str:
 
 
 def measure_peak_memory(device: str) -> int:
-    """Return the largest memory use so far in bytes: the GPU's where there is one, else this process's
-    resident set.
-    """
+    """Return the largest memory use so far in bytes: the GPU's where there is one, else this process's own."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
 
 
 def clear_memory() -> str:
@@ -162,11 +151,11 @@ def halve_on_out_of_memory(attempt, batch_size: int, what: str):
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise UserError(
-                    f"{what}のメモリーが足りません。「ランタイム → ランタイムを再起動」で、"
+                    f"{what}のメモリが足りません。「ランタイム → ランタイムを再起動」で、"
                     "使っていないモデルを消してから実行してください。"
                 ) from None
         batch_size //= 2
-        print(f"メモリーが足りないので、{what}で一度に計算する数を {batch_size} に減らして続けます。")
+        print(f"メモリが足りないので、{what}で一度に計算する数を {batch_size} に減らして続けます。")
         clear_memory()
 
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from dpo_helpers.__main__ import main, read_settings
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 
 
 def test_settings_come_as_name_and_value_in_either_case():

@@ -3,7 +3,8 @@ from dataclasses import fields
 
 import pytest
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 
 
 def test_the_seeds_values_are_the_defaults():

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.machine import (
     Machine,
     Stopwatch,

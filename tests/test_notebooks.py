@@ -213,7 +213,7 @@ def test_an_injected_switch_wins_over_the_form(monkeypatch):
 
 
 def test_a_users_problem_shows_as_its_message_alone():
-    from dpo_helpers.config import UserError
+    from dpo_helpers.errors import UserError
 
     assert UserError("直してください。")._render_traceback_() == ["", "⚠️ 直してください。"]
 

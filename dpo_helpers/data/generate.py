@@ -7,7 +7,7 @@ import random
 from functools import cache
 from pathlib import Path
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 
 PROMPT_TEMPLATE = (
     "質問: {question}\n回答:\n"  # it ends in a newline: no tokenizer tried merges that with an answer

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.row_checks import REASONS, BadRow, normalize_record
 from dpo_helpers.data.row_sources import EXTRA_KEYS, KEYS, open_source
+from dpo_helpers.errors import UserError
 
 BATCH_ROWS = 10_000
 
@@ -278,35 +278,6 @@ def collect_rows(config, tokenizer, source: str = "", on_error: str = "raise", f
     return rows
 
 
-def add_data_arguments(parser) -> None:
-    """Add the options of `data` to an argparse parser."""
-    parser.add_argument("--count", type=int, default=1000, help="生成する行数（既定：1000）")
-    parser.add_argument("--seed", type=int, default=42, help="乱数の種（既定：42）")
-    parser.add_argument("--output", metavar="FILE", help="行を書き込む JSONL ファイル")
-    parser.add_argument(
-        "--check", metavar="FILE", help="生成せずに、自分のファイル（または Hub のデータセット名）を検査する"
-    )
-    parser.add_argument(
-        "--column", action="append", default=[], metavar="名前=列名", help="列名の対応。例：prompt=質問文"
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("raise", "drop"),
-        default="raise",
-        help="誤りのある行で止める（raise）か除く（drop）か",
-    )
-    parser.add_argument("--dropped-file", metavar="FILE", help="除いた行の一覧を書き込む JSONL ファイル")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="トークン数も調べる。Hub の名前、ローカルのフォルダー、または embedded",
-    )
-    parser.add_argument(
-        "--max-length", type=int, default=128, help="質問と回答を合わせた長さの上限（トークン、既定：128）"
-    )
-    parser.add_argument("--json", action="store_true", help="結果をプログラム用の JSON で書く")
-
-
 def run_data(arguments) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error).
     UserError: unreadable.
@@ -327,7 +298,7 @@ def run_data(arguments) -> int:
     problems = []
     try:
         if arguments.check:
-            columns = dict(pair.partition("=")[::2] for pair in arguments.column)
+            columns = {ours: own for own, _, ours in (pair.partition("=") for pair in arguments.column)}
             rows = load_preferences(
                 arguments.check, columns, "drop", arguments.dropped_file, tokenizer, arguments.max_length
             )

@@ -10,7 +10,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 
 KEYS = ("prompt", "chosen", "rejected")
 EXTRA_KEYS = ("field", "concept", "question_form", "rejection_kind")

@@ -6,8 +6,8 @@ import math
 from importlib.metadata import version
 from typing import NamedTuple
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.generate import SIDES, make_prompt, strip_question
+from dpo_helpers.errors import UserError
 
 
 class RowTokens(NamedTuple):

@@ -6,12 +6,12 @@ import math
 import re
 
 from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.look import pick_rows
 from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.judge.scores import score_answers
-from dpo_helpers.model.answer import use_stage
-from dpo_helpers.tables import pick_rows
+from dpo_helpers.model.answer import evaluating, use_role
 
-STAGES = {"before": "base", "after": "policy"}  # the names in metrics.json, and those of inference.use_stage
+ROLES = {"before": "base", "after": "policy"}  # the names in metrics.json, and those of inference.use_role
 LOOP_LENGTH, LOOP_COUNT = 4, 3  # four characters that stand three times or more are a loop
 ENDINGS = ("。", "！", "？", "!", "?")  # 。 has no ASCII twin: a plain dot also stands in 3.14 and e.g.
 JAPANESE = re.compile(r"[぀-ヿ㐀-䶿一-鿿ｦ-ﾟ々]")  # kana, kanji, half-width kana
@@ -108,8 +108,8 @@ def compare_generation(
     references = [row["chosen"] for row in asked]
     limit = _limit_answers(tokenizer, asked, config.max_length)
     measures, texts = {}, {}
-    for name, stage in STAGES.items():
-        with use_stage(model, stage):
+    for name, role in ROLES.items():
+        with use_role(model, role):
             texts[name] = generate_response(
                 model, tokenizer, [strip_question(row["prompt"]) for row in asked], max_new_tokens=limit
             )
@@ -142,13 +142,10 @@ def measure_reference_distance(model, tokenizer, pairs: list[tuple[str, str]], m
     Monte Carlo estimate of the KL divergence; greedy answers are the policy's likeliest ones, so it is a
     proxy that can only be compared with itself. EOS counts as a token of every answer, also of a cut one.
     """
-    was_training = model.training
-    model.eval()
     scores = {}
-    for stage in ("policy", "reference"):
-        with use_stage(model, stage):
-            scores[stage] = score_answers(model, tokenizer, pairs, max_length)
-    model.train(was_training)
+    for role in ("policy", "reference"):
+        with evaluating(model), use_role(model, role):
+            scores[role] = score_answers(model, tokenizer, pairs, max_length)
     tokens = []
     for start, ids in encode_answers(tokenizer, pairs):
         ids, prompt_length = ids[:max_length], len(start)

@@ -6,11 +6,11 @@ import html
 import time
 import unicodedata
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.generate import make_prompt, strip_question
 from dpo_helpers.data.row_checks import REASONS
-from dpo_helpers.judge.votes import describe_votes, order_stages, read_votes, record_vote
-from dpo_helpers.model.answer import ANSWER_STAGES, answer_stages
+from dpo_helpers.errors import UserError
+from dpo_helpers.judge.votes import describe_votes, order_roles, read_votes, record_vote
+from dpo_helpers.model.answer import ANSWER_ROLES, answer_roles
 
 # questions answered at once: a batch costs hardly more than one question, but the first vote waits for it
 PAIRS_PER_CALL = 4
@@ -20,8 +20,8 @@ SHORTEST_LOOK_SECONDS = (
 )
 
 
-def find_pairs(model, tokenizer, rows_or_questions, stages: list[str], votes: list[dict]):
-    """Yield (question, {stage: answer}) of what can be voted on: not of equal answers, nor of a pair that
+def find_pairs(model, tokenizer, rows_or_questions, roles: list[str], votes: list[dict]):
+    """Yield (question, {role: answer}) of what can be voted on: not of equal answers, nor of a pair that
     has its vote.
     """
     texts = [row if isinstance(row, str) else row["prompt"] for row in rows_or_questions]
@@ -29,7 +29,7 @@ def find_pairs(model, tokenizer, rows_or_questions, stages: list[str], votes: li
     voted = {(vote["prompt"], frozenset(vote["answers"])) for vote in votes}
     for start in range(0, len(questions), PAIRS_PER_CALL):
         batch = questions[start : start + PAIRS_PER_CALL]
-        for question, answers in zip(batch, answer_stages(model, tokenizer, batch, stages), strict=True):
+        for question, answers in zip(batch, answer_roles(model, tokenizer, batch, roles), strict=True):
             different = frozenset(answers.values())
             if len(different) > 1 and (make_prompt(question), different) not in voted:
                 yield question, answers
@@ -58,8 +58,8 @@ def describe_failure(what: str, error: Exception) -> str:
     )
 
 
-def ask_box(model, tokenizer, stages=tuple(ANSWER_STAGES)):
-    """Return a widget that answers a typed question (Enter or the button) as each of the model's stages,
+def ask_box(model, tokenizer, roles=tuple(ANSWER_ROLES)):
+    """Return a widget that answers a typed question (Enter or the button) as each of the model's roles,
     side by side.
     """
     import ipywidgets
@@ -81,8 +81,8 @@ def ask_box(model, tokenizer, stages=tuple(ANSWER_STAGES)):
         ):  # leaving the box for the button sends a question twice
             status.value = "回答を作っています…"
             try:
-                answers = answer_stages(model, tokenizer, [question], stages)[0]
-                shown.value = draw_answers({ANSWER_STAGES[stage]: said for stage, said in answers.items()})
+                answers = answer_roles(model, tokenizer, [question], roles)[0]
+                shown.value = draw_answers({ANSWER_ROLES[role]: said for role, said in answers.items()})
                 status.value = done
             except Exception as error:
                 status.value = describe_failure("回答を作れませんでした", error)
@@ -93,7 +93,7 @@ def ask_box(model, tokenizer, stages=tuple(ANSWER_STAGES)):
 
 
 def vote_box(model, tokenizer, rows_or_questions, path, seed: int, opponent: str = "reference"):
-    """Return a widget for a blind vote between the policy and an earlier stage; every vote goes to `path` at
+    """Return a widget for a blind vote between the policy and an earlier role; every vote goes to `path` at
     once.
 
     `opponent` is "reference" (the model before DPO, which is the base where there was no warm-up) or "base".
@@ -108,8 +108,8 @@ class _Voting:
         import ipywidgets
 
         self.path, self.seed = path, seed
-        stages = ["base" if "ref" not in model.peft_config else opponent, "policy"]
-        self.pairs = find_pairs(model, tokenizer, rows_or_questions, stages, read_votes(path))
+        roles = ["base" if "ref" not in model.peft_config else opponent, "policy"]
+        self.pairs = find_pairs(model, tokenizer, rows_or_questions, roles, read_votes(path))
         self.shown, self.said, self.result = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.buttons = [
             ipywidgets.Button(description=text) for text in ("A が良い", "B が良い", "同じくらい／両方だめ")
@@ -140,8 +140,8 @@ class _Voting:
         except Exception as error:
             self.shown.value = describe_failure("回答を作れませんでした", error)
         else:
-            order = order_stages(question, list(answers), self.seed)
-            letters = {letter: answers[stage] for letter, stage in zip("AB", order, strict=True)}
+            order = order_roles(question, list(answers), self.seed)
+            letters = {letter: answers[role] for letter, role in zip("AB", order, strict=True)}
             self.shown.value = f"<b>質問：{html.escape(question)}</b>{draw_answers(letters)}"
             self.pair, self.shown_at = (question, answers, order), time.monotonic()
 
@@ -163,7 +163,7 @@ class _Voting:
             self.said.value = describe_failure("投票を保存できませんでした", error)
             return
         names = "、".join(
-            f"{letter} は「{ANSWER_STAGES[stage]}」" for letter, stage in zip("AB", order, strict=True)
+            f"{letter} は「{ANSWER_ROLES[role]}」" for letter, role in zip("AB", order, strict=True)
         )
         note = f"学習用の行にはなりません（{REASONS[obstacle]}）。" if obstacle in REASONS else ""
         self.said.value = f"投票しました。「{html.escape(question)}」の {names}でした。{note}"

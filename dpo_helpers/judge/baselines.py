@@ -7,7 +7,7 @@ import random
 from dpo_helpers.data.generate import SIDES
 from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.judge.scores import score_answers, summarize_scores
-from dpo_helpers.model.answer import use_stage
+from dpo_helpers.model.answer import evaluating, use_role
 
 
 def share_right(differences: list[float]) -> float:
@@ -26,10 +26,8 @@ def compare_base_log_probs(model, tokenizer, rows: list[dict], max_length: int) 
     """Return how much likelier (nats) the untouched base model finds the chosen answer: in all, and per
     token of each answer.
     """
-    was_training = model.training
-    model.eval()
     sums, means = {}, {}
-    with use_stage(model, "base"):
+    with evaluating(model), use_role(model, "base"):
         for side in SIDES:
             pairs = [(row["prompt"], row[side]) for row in rows]
             sums[side] = score_answers(model, tokenizer, pairs, max_length)
@@ -37,7 +35,6 @@ def compare_base_log_probs(model, tokenizer, rows: list[dict], max_length: int) 
             # a prompt that fills max_length leaves no token of the answer, and a sum of 0
             tokens = [max(1, len(ids) - prompt_length) for ids, prompt_length in encoded]
             means[side] = [total / count for total, count in zip(sums[side], tokens, strict=True)]
-    model.train(was_training)
     columns = {"base_log_prob_sum": sums, "base_log_prob_mean": means}
     return {
         name: [c - r for c, r in zip(*(values[side] for side in SIDES), strict=True)]

@@ -37,47 +37,6 @@ def summarize_training(log_history: list[dict]) -> dict[str, float]:
     return {"first_loss": curve["loss"][0], "final_train_loss": sum(tail) / len(tail)}
 
 
-def build_metrics(run, trainer) -> dict:
-    """Put together what metrics.json says of the training, in nats, bytes and seconds; judge.evaluate_run
-    measures the rest.
-
-    `resumed_at` are the steps that interrupted processes went on from, `steps_executed` the optimizer steps
-    of this process.
-    """
-    from importlib.metadata import version
-
-    from dpo_helpers.machine import measure_peak_memory
-    from dpo_helpers.model.load import count_parameters
-
-    trainable, total = count_parameters(trainer.model)
-    seconds, steps = run.clock.seconds, trainer.state.global_step
-    pairs = min(
-        steps * run.config.effective_batch_size * run.process_count,
-        round(len(run.train_rows) * run.config.num_train_epochs),
-    )
-    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    return {
-        **summarize_training(trainer.state.log_history),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "training_rows": len(run.train_rows),
-        "steps": steps,
-        "resumed_at": run.resumed_at,
-        "resumed_stages": run.resumed_stages,
-        "steps_executed": run.steps_executed,
-        "pairs_per_second": round(pairs / seconds["training"], 3) if seconds.get("training") else None,
-        "seconds": {
-            phase: seconds.get(phase, 0.0)
-            for phase in ("setup", "data", "sft", "training", "evaluation", "saving")
-        },
-        "peak_memory_bytes": measure_peak_memory(run.machine.device),
-        "device": run.machine.name,
-        "processes": run.process_count,
-        "precision": run.machine.precision,
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def describe_metrics(metrics: dict) -> list[dict]:
     """Return the figures of metrics.json that a reader wants first, as rows of a Japanese table."""
     held_out, seconds = metrics["held_out"], metrics["seconds"]

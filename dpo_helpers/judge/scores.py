@@ -7,7 +7,7 @@ import math
 from dpo_helpers.data.generate import SIDES
 from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.machine import halve_on_out_of_memory
-from dpo_helpers.model.answer import use_stage
+from dpo_helpers.model.answer import evaluating, use_role
 
 
 def score_answers(
@@ -57,29 +57,20 @@ def score_rows(model, tokenizer, rows: list[dict], max_length: int, batch_size: 
     reference_rejected, in nats.
     """
     both = (
-        score_stage(model, tokenizer, rows, max_length, who, batch_size) for who in ("policy", "reference")
+        score_role(model, tokenizer, rows, max_length, who, batch_size) for who in ("policy", "reference")
     )
     return [policy | reference for policy, reference in zip(*both, strict=True)]
 
 
-def score_stage(
-    model, tokenizer, rows: list[dict], max_length: int, stage: str, batch_size: int = 16
+def score_role(
+    model, tokenizer, rows: list[dict], max_length: int, role: str, batch_size: int = 16
 ) -> list[dict]:
-    """Score both answers of every row as one stage (see use_stage): a dict a row, e.g. policy_chosen,
-    policy_rejected.
-    """
-    was_training = model.training
-    model.eval()
-    with use_stage(model, stage):
-        sides = [
-            score_answers(
-                model, tokenizer, [(row["prompt"], row[side]) for row in rows], max_length, batch_size
-            )
-            for side in SIDES
-        ]
-    model.train(was_training)
+    """Score both answers of every row in one role (see use_role): a dict a row, e.g. policy_chosen, policy_rejected."""
+    with evaluating(model), use_role(model, role):
+        pairs = {side: [(row["prompt"], row[side]) for row in rows] for side in SIDES}
+        sides = [score_answers(model, tokenizer, pairs[side], max_length, batch_size) for side in SIDES]
     return [
-        {f"{stage}_{side}": score for side, score in zip(SIDES, pair, strict=True)}
+        {f"{role}_{side}": score for side, score in zip(SIDES, pair, strict=True)}
         for pair in zip(*sides, strict=True)
     ]
 

@@ -6,11 +6,11 @@ import math
 import operator
 from typing import NamedTuple
 
+from dpo_helpers.data.look import KIND_NAMES
 from dpo_helpers.judge.answers import accuracy_interval
 from dpo_helpers.judge.baselines import BASELINE_NAMES
 from dpo_helpers.judge.monitoring import collect_history, summarize_training
 from dpo_helpers.judge.scores import preference_loss
-from dpo_helpers.tables import KIND_NAMES
 
 LN_2 = math.log(2)
 LABEL_NAMES = {

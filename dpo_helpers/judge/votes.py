@@ -1,4 +1,4 @@
-"""Keeps blind votes between two stages of a model in a file that is training data for the next round, and
+"""Keeps blind votes between two roles of a model in a file that is training data for the next round, and
 counts them.
 """
 
@@ -9,17 +9,17 @@ import random
 from datetime import datetime
 from pathlib import Path
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.generate import make_prompt
 from dpo_helpers.data.row_checks import BadRow, normalize_record
+from dpo_helpers.errors import UserError
 from dpo_helpers.judge.answers import accuracy_interval
 
 
-def order_stages(question: str, stages: list[str], seed: int) -> list[str]:
+def order_roles(question: str, roles: list[str], seed: int) -> list[str]:
     """Return who is A and who is B for one question: as good as random to the voter, and the same whenever
     the cell is run.
     """
-    return random.Random(f"{seed}/{make_prompt(question)}").sample(stages, len(stages))
+    return random.Random(f"{seed}/{make_prompt(question)}").sample(roles, len(roles))
 
 
 def path_without_row(path) -> Path:
@@ -52,15 +52,15 @@ def read_votes(path) -> list[dict]:
 
 
 def record_vote(path, question: str, answers: dict[str, str], winner: str | None) -> str:
-    """Append the vote on `answers` ({stage: text}, two of them; None is a tie) as one line; return why it is
+    """Append the vote on `answers` ({role: text}, two of them; None is a tie) as one line; return why it is
     no training row, or "".
 
     A row goes to `path` (prompt, chosen, rejected, winner, loser, time), everything else to
     `path_without_row`.
     """
-    ordered = sorted(answers, key=lambda stage: stage != winner)  # the winner first
+    ordered = sorted(answers, key=lambda role: role != winner)  # the winner first
     texts, now = (
-        [answers[stage] for stage in ordered],
+        [answers[role] for role in ordered],
         datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     who = {"winner": winner or "tie", "loser": ordered[1] if winner else "tie", "time": now}
@@ -69,7 +69,7 @@ def record_vote(path, question: str, answers: dict[str, str], winner: str | None
     if obstacle:
         append_line(
             path_without_row(path),
-            {"prompt": row["prompt"], "answers": texts, "stages": ordered, **who, "reason": obstacle},
+            {"prompt": row["prompt"], "answers": texts, "roles": ordered, **who, "reason": obstacle},
         )
     else:
         append_line(path, {**row, **who})

@@ -144,14 +144,10 @@ def find_different_adapters(model, checkpoint: Path) -> list[str]:
     """Name the adapters whose weights in memory differ from their file in any bit."""
     import torch
     from peft import get_peft_model_state_dict
-    from torch.distributed.tensor import DTensor
 
     different = []
     for name, weights in _read_adapters(model, checkpoint).items():
         held = get_peft_model_state_dict(model, adapter_name=name)
-        held = {
-            key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in held.items()
-        }  # FSDP's shards
         if set(held) != set(weights) or any(
             not torch.equal(held[key].cpu(), weights[key]) for key in weights
         ):

@@ -5,10 +5,12 @@ import json
 import shutil
 import threading
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.files import copy_file
 from dpo_helpers.keep.checkpoints import Checkpoint, find_newest, publish_checkpoint, rotate_checkpoints
 from dpo_helpers.keep.mirror import Mirror
@@ -25,31 +27,35 @@ _open_runs: dict[
 ] = {}  # a cell that is run twice must not leave two heartbeats and two mirrors behind
 
 
-class Run:
-    """One run in its folder. `micro_batch` × `accumulation` stays the effective batch while memory shrinks
-    the first.
+@dataclass
+class Progress:
+    """How far a run is: what its checkpoints hold beside the trainer's own files.
+
+    `micro_batch` pairs are computed at once; memory may shrink it, the effective batch stays. `steps_executed` are
+    those of this process alone, and are not kept.
     """
 
-    def __init__(
-        self, config: RunConfig, folder: Path, machine: Machine, mirror_folder: Path | None, clock: Stopwatch
-    ):
-        self.config, self.folder, self.machine, self.clock = config, folder, machine, clock
-        self.mirror_folder = mirror_folder
+    micro_batch: int
+    eval_batch: int = 8
+    resumed_at: list[int] = field(default_factory=list)
+    resumed_stages: list[str] = field(default_factory=list)
+    sft_log: list[dict] = field(default_factory=list)
+    identity: dict[str, str] = field(default_factory=dict)  # hashes of rows and base
+    steps_executed: dict[str, int] = field(default_factory=lambda: {"sft": 0, "dpo": 0})
+
+
+class Run:
+    """One run: its folder, its checkpoints, its mirror, and how far it is."""
+
+    def __init__(self, folder: Path, mirror_folder: Path | None, clock: Stopwatch, progress: Progress):
+        self.folder, self.mirror_folder, self.clock, self.progress = folder, mirror_folder, clock, progress
         self.checkpoints = folder / CHECKPOINTS
         self.lock = RunLock([folder, *([mirror_folder] if mirror_folder else [])])
         self.mirror = Mirror(mirror_folder) if mirror_folder else None
-        self.micro_batch, self.eval_batch = choose_micro_batch(config, machine.device), 8
-        self.train_rows, self.held_out_rows, self.sft_log = [], [], []
-        self.resumed_at, self.resumed_stages = [], []
-        self.steps_executed = {"sft": 0, "dpo": 0}  # by this process
-        self.process_count, self.leads = (
-            1,
-            True,
-        )  # under `accelerate launch` one process leads: it alone locks, writes and mirrors
-        self._identity = {}
-        self.announce = cache(
-            print
-        )  # a line once: a damaged checkpoint is met again by every look for the newest good one
+        # under `accelerate launch` one process leads: it alone locks, writes and mirrors
+        self.process_count, self.leads = 1, True
+        # a line once: a damaged checkpoint is met again by every look for the newest good one
+        self.announce = cache(print)
 
     def wait(self) -> None:
         """Wait for the run's other processes, if it has any."""
@@ -58,13 +64,8 @@ class Run:
 
             PartialState().wait_for_everyone()
 
-    @property
-    def accumulation(self) -> int:
-        return self.config.effective_batch_size // self.micro_batch
-
-    def use_rows(self, train_rows, held_out_rows) -> None:
-        """Take the rows of this run; refuse those of another run than the checkpoint's."""
-        self.train_rows, self.held_out_rows = train_rows, held_out_rows
+    def check_rows(self, train_rows, held_out_rows) -> None:
+        """Refuse rows that are not those of the newest checkpoint."""
         digest = hashlib.sha256()
         for part in (train_rows, held_out_rows):
             for row in part:
@@ -72,16 +73,13 @@ class Run:
             digest.update(b"\0")
         self._check("rows", digest.hexdigest(), "学習データ")
 
-    def use_base(self, model) -> None:
+    def check_base(self, model) -> None:
         """Refuse a base model whose weights are not those that the checkpoint was trained on."""
-        if not self.leads:  # FSDP may give the other processes a base without weights
-            return
         digest = hashlib.sha256()
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
-                start = (
-                    parameter.detach().flatten()[:1024].float().cpu().numpy()
-                )  # of each tensor, so that 7B are read quickly
+                # the start of each tensor, so that 7B are read quickly
+                start = parameter.detach().flatten()[:1024].float().cpu().numpy()
                 name = name.removeprefix("base_model.model.").replace(".base_layer", "")
                 digest.update(f"{name}{tuple(parameter.shape)}".encode() + start.tobytes())
         self._check("base", digest.hexdigest(), "ベースモデル")
@@ -95,32 +93,32 @@ class Run:
                 f"同じ{text}に戻すか、新しく始めるには RESUME を「最初から」（ターミナルでは "
                 "--resume never）にしてください。"
             )
-        self._identity[what] = digest
+        self.progress.identity[what] = digest
 
     def newest(self, stage: str | None = None) -> Checkpoint | None:
         """Return this machine's newest good checkpoint, or None where that is of another stage."""
         checkpoint = find_newest(self.checkpoints, None, self.announce)
         return checkpoint if checkpoint and stage in (None, checkpoint.stage) else None
 
-    def keep_checkpoint(self, stage: str, made: Path, step: int, max_steps: int) -> None:
-        """Complete what the trainer wrote in `made` and hand it to the mirror; a failure costs this
-        checkpoint, not the run.
+    def keep_checkpoint(self, stage: str, made: Path, step: int, max_steps: int, config: RunConfig) -> None:
+        """Complete what the trainer wrote in `made` and hand it to the mirror.
+
+        A failure costs this checkpoint, not the run.
         """
+        own = self.progress
         progress = {
-            "config": self.config.as_dict(),
-            **self._identity,
+            "config": config.as_dict(),
+            **own.identity,
             "max_steps": max_steps,
-            "resumed_at": self.resumed_at,
-            "resumed_stages": self.resumed_stages,
+            "resumed_at": own.resumed_at,
+            "resumed_stages": own.resumed_stages,
             "seconds": {**self.clock.seconds, PHASES[stage]: self.clock.so_far(PHASES[stage])},
-            "micro_batch": self.micro_batch,
-            "eval_batch": self.eval_batch,
-            "sft_log": self.sft_log,
+            "micro_batch": own.micro_batch,
+            "eval_batch": own.eval_batch,
+            "sft_log": own.sft_log,
         }
         try:
-            path = publish_checkpoint(
-                made, self.checkpoints, stage, step, progress, find_own_base(self.config)
-            )
+            path = publish_checkpoint(made, self.checkpoints, stage, step, progress, find_own_base(config))
             rotate_checkpoints(self.checkpoints, self.mirror.in_use() if self.mirror else set())
         except OSError as error:
             print(
@@ -137,12 +135,8 @@ class Run:
         self.clock.seconds |= {
             phase: progress["seconds"][phase] for phase in PHASES.values() if phase in progress["seconds"]
         }
-        self.micro_batch, self.eval_batch, self.sft_log = (
-            progress["micro_batch"],
-            progress["eval_batch"],
-            progress["sft_log"],
-        )
-        self.resumed_at, self.resumed_stages = list(progress["resumed_at"]), list(progress["resumed_stages"])
+        for name in ("micro_batch", "eval_batch", "sft_log", "resumed_at", "resumed_stages"):
+            setattr(self.progress, name, progress[name])
         name, place = STAGE_NAMES[checkpoint.stage], f"ステップ {checkpoint.step} / {progress['max_steps']}"
         if checkpoint.ends_the_run:
             print(f"この学習は終わっています（{name}：{place}）。保存した結果を使い、学習はやり直しません。")
@@ -216,7 +210,8 @@ def open_run(
     if already := _open_runs.get(folder.resolve()):
         already.close()
     prepare_run_folder(folder, config)
-    run = Run(config, folder, machine, mirror, clock or Stopwatch())
+    progress = Progress(choose_micro_batch(config, machine.device))
+    run = Run(folder, mirror, clock or Stopwatch(), progress)
     run.lock.acquire()
     _open_runs[folder.resolve()] = run
     try:
@@ -270,7 +265,7 @@ def open_shared_run(
         [run and run.folder]
     )  # a fresh start has another folder than was asked for
     if run is None:
-        run = Run(config, chosen, machine, None, clock)
+        run = Run(chosen, None, clock, Progress(choose_micro_batch(config, machine.device)))
         if checkpoint := run.newest():
             run.go_on_from(checkpoint)
     run.process_count, run.leads = processes.num_processes, processes.is_main_process

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.files import write_in_place
 
 LOCK_NAME = "run.lock"

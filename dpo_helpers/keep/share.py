@@ -7,7 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.judge.baselines import BASELINE_NAMES
 from dpo_helpers.judge.verdict import LABEL_NAMES
 
@@ -345,31 +346,3 @@ def _describe_settings(config: RunConfig, metrics: dict, base: str) -> str:
         f"{_table(('設定', '値'), settings)}\n\n計算装置：{metrics['device']}、精度："
         f"{metrics['precision']}。版：{versions}。"
     )
-
-
-def add_merge_arguments(parser) -> None:
-    parser.add_argument("run_dir", help="学習を終えたフォルダー")
-    parser.add_argument("target", help="一つにしたモデルを置く、新しいフォルダー")
-
-
-def add_share_arguments(parser) -> None:
-    parser.add_argument("run_dir", help="学習を終えたフォルダー、または merge で作ったフォルダー")
-    parser.add_argument(
-        "--repo", required=True, metavar="NAME", help="Hugging Face Hub のリポジトリー（ユーザー名/モデル名）"
-    )
-    parser.add_argument(
-        "--push", action="store_true", help="実際に送る（付けなければ、送るものを見せるだけ）"
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="だれでも見られるようにする（付けなければ非公開）"
-    )
-
-
-def run_merge(arguments) -> int:
-    merge_adapter(arguments.run_dir, arguments.target)
-    return 0
-
-
-def run_share(arguments) -> int:
-    push_to_hub(arguments.run_dir, arguments.repo, dry_run=not arguments.push, public=arguments.public)
-    return 0

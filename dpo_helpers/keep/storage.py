@@ -8,7 +8,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.files import copy_file, write_json, write_rows
 from dpo_helpers.keep.run_lock import LOCK_NAME
 from dpo_helpers.machine import in_colab
@@ -231,34 +232,25 @@ def copy_run(folder, target) -> bool:
     return True
 
 
-def save_run(run, trainer, metrics: dict) -> list[str]:
-    """Complete a run's folder: adapter, tokenizer, rows, logs, plot, and metrics last; return the names of
-    its files.
-    """
+def save_run(run, train_rows, held_out_rows, trainer, metrics: dict) -> list[str]:
+    """Complete a run's folder: adapter, tokenizer, rows, logs, and metrics last; return the names of its files."""
     folder = run.folder
     with run.clock("saving"):
-        write_rows(folder / "train.jsonl", run.train_rows)
-        write_rows(folder / "held_out.jsonl", run.held_out_rows)
-        _save_training(run, trainer, trainer.state.log_history, run.sft_log)
+        write_rows(folder / "train.jsonl", train_rows)
+        write_rows(folder / "held_out.jsonl", held_out_rows)
+        _save_training(folder, trainer, trainer.state.log_history, run.progress.sft_log)
     metrics["seconds"]["saving"] = run.clock.seconds["saving"]
     write_json(folder / "metrics.json", metrics)  # last: a folder with metrics is a finished one
     return [str(path.relative_to(folder)) for path in list_result_files(folder)]
 
 
-def save_stopped(run, stage: str, trainer, metrics: dict) -> None:
-    """Save what there is of a run that ended early in `stage`: the adapter as it is, the logs, the plots
-    so far, metrics.
-    """
-    log = trainer.state.log_history
-    _save_training(run, trainer, *(([], log) if stage == "sft" else (log, run.sft_log)))
+def save_stopped(run, trainer, log_history: list[dict], sft_log_history: list[dict], metrics: dict) -> None:
+    """Save what there is of a run that ended early: the adapter as it is, the logs so far, metrics."""
+    _save_training(run.folder, trainer, log_history, sft_log_history)
     write_json(run.folder / "metrics.json", metrics)
 
 
-def _save_training(run, trainer, log_history: list[dict], sft_log_history: list[dict]) -> None:
-    from dpo_helpers.train.plots import plot_training
-
-    folder = run.folder
+def _save_training(folder: Path, trainer, log_history: list[dict], sft_log_history: list[dict]) -> None:
     save_model(folder, trainer.model, trainer.processing_class)
     write_json(folder / "log_history.json", log_history)
     write_json(folder / "sft_log_history.json", sft_log_history)
-    plot_training(log_history, folder / "training", run.config.beta)

@@ -8,8 +8,9 @@ import os
 from functools import cache
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences, split_rows
+from dpo_helpers.errors import UserError
 from dpo_helpers.machine import Machine
 from dpo_helpers.model.quantization import freeze_quantized, make_quantization
 

@@ -5,7 +5,8 @@ float32.
 from importlib.util import find_spec
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.machine import Machine
 
 BITSANDBYTES = "bitsandbytes>=0.46.1"  # the oldest that transformers 5 takes

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.setup.conflicts import (
     PROJECT,
     REQUIREMENTS,

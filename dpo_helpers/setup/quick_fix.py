@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.setup.conflicts import (
     PROJECT,
     REQUIREMENTS,
@@ -199,15 +199,6 @@ def quick_fix(repair: bool = False, auto_restart: bool = False, metadata_only: b
     if diagnosis.stale or diagnosis.exit_code != 1:
         report_restart(diagnosis.stale, auto_restart)
     return diagnosis
-
-
-def add_doctor_arguments(parser) -> None:
-    """Add the doctor's options to an argparse parser."""
-    parser.add_argument("--fix", action="store_true", help="見つけた故障を直します（なければ診断だけ）")
-    parser.add_argument("--json", action="store_true", help="結果を JSON で標準出力に書きます")
-    parser.add_argument(
-        "--metadata-only", action="store_true", help="試し学習を省き、パッケージの情報だけで判断します"
-    )
 
 
 def run_doctor(args) -> int:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from itertools import product
 
-from dpo_helpers.config import RunConfig, TrainingStopped, UserError, read_json
-from dpo_helpers.files import hash_file
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import TrainingStopped, UserError
+from dpo_helpers.files import hash_file, read_json
 from dpo_helpers.sweep.results import SCHEMA, Results, identify
-from dpo_helpers.sweep.runs import VARIATION_NAMES, Variation, Workshop
+from dpo_helpers.sweep.runs import VARIATION_NAMES, Variation
 
 KNOBS = tuple(item.name for item in fields(RunConfig))
 
@@ -189,39 +190,3 @@ def load_grid(path) -> list[Experiment]:
             f'{path} は {{"settings": ..., "common": {{...}}, "seeds": [...]}} の形で書いてください。'
         )
     return make_plan(grid.get("settings", {}), grid.get("common"), grid.get("seeds", [42, 43, 44]))
-
-
-def add_experiment_arguments(parser) -> None:
-    """Add the options of `experiment` to an argparse parser."""
-    parser.add_argument(
-        "--grid",
-        required=True,
-        metavar="FILE",
-        help='試す設定の JSON：{"settings": {"beta": [0.1, 0.5]}, "common": {...}, "seeds": [...]}',
-    )
-    parser.add_argument(
-        "--results",
-        required=True,
-        metavar="FILE",
-        help="結果を 1 行ずつ加える JSONL。もう一度実行すると残りだけを行う",
-    )
-    parser.add_argument("--mirror", metavar="DIR", help="結果の写しを置くフォルダー（Google Drive など）")
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="失敗した設定（NaN を除く）をもう一度実行する"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps, cpu（既定：auto）")
-
-
-def run_experiment(arguments) -> int:
-    """Run a grid from a terminal and print the table; return 0, or 1 if a run failed."""
-    from dpo_helpers.machine import find_machine
-    from dpo_helpers.sweep.tables import summarize_outcomes
-    from dpo_helpers.tables import quiet_libraries
-
-    plan = load_grid(arguments.grid)
-    results = Results(arguments.results, arguments.mirror)
-    quiet_libraries()
-    outcomes = run_plan(plan, results, Workshop(find_machine(arguments.device)), arguments.retry_failed)
-    for line in summarize_outcomes(outcomes):
-        print("、".join(f"{name} {value}" for name, value in line.items() if value != ""))
-    return int(any(record["status"] == "failed" for _, record in outcomes))

@@ -9,7 +9,8 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.files import copy_file
 from dpo_helpers.sweep.runs import Variation
 

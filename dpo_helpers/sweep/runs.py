@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 
 DATA_KINDS = ("generated", "longer", "refusal")
 REFUSAL = "わかりません。"
@@ -222,7 +223,7 @@ class Workshop:
         return self._shared[common, variation]
 
     def _prepare(self, config: RunConfig, variation: Variation) -> Shared:
-        from dpo_helpers.judge.scores import score_stage
+        from dpo_helpers.judge.scores import score_role
         from dpo_helpers.train.trainers import make_dataset, make_dpo_trainer, make_sft_trainer
 
         training, held_out, easy = make_rows(config, variation, self._tokenizer)
@@ -239,7 +240,7 @@ class Workshop:
             config, copy_model(self._base), self._tokenizer, data, arguments, warmed_up
         )
         scores = [
-            score_stage(trainer.model, self._tokenizer, rows, config.max_length, "reference")
+            score_role(trainer.model, self._tokenizer, rows, config.max_length, "reference")
             for rows in (held_out, easy)
         ]
         return Shared(
@@ -275,7 +276,7 @@ class Workshop:
         """Summarize the held-out rows. To compare runs of different beta: `log_ratio` is the margin without
         it (nats), and `default_beta_loss` the loss with RunConfig's.
         """
-        from dpo_helpers.judge.scores import score_stage, summarize_scores
+        from dpo_helpers.judge.scores import score_role, summarize_scores
 
         metrics = {}
         for name, rows, reference in (
@@ -283,7 +284,7 @@ class Workshop:
             ("easy_held_out", shared.easy, shared.easy_reference),
         ):
             if rows:
-                policy = score_stage(model, self._tokenizer, rows, config.max_length, "policy")
+                policy = score_role(model, self._tokenizer, rows, config.max_length, "policy")
                 scores = [p | r for p, r in zip(policy, reference, strict=True)]
                 metrics[name] = summarize_scores(scores, config.beta)
                 metrics[name]["log_ratio"] = metrics[name]["margin"] / config.beta
@@ -295,9 +296,9 @@ class Workshop:
         (nats per token).
         """
         from dpo_helpers.data.generate import strip_question
+        from dpo_helpers.data.look import pick_rows
         from dpo_helpers.judge.answers import measure_answers, measure_reference_distance
         from dpo_helpers.model.answer import generate_response
-        from dpo_helpers.tables import pick_rows
 
         asked, limit = pick_rows(rows, self.answers, config.seed), config.max_length // 2
         questions = [strip_question(row["prompt"]) for row in asked]

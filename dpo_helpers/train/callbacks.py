@@ -10,15 +10,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from dpo_helpers.config import UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.keep.checkpoints import find_different_adapters
+from dpo_helpers.keep.run import Run
 
-SKIPPED_IN_A_ROW = (
-    20  # under fp16 the gradient scaler halves its scale at each overflow, 65536 → 1 takes 16 steps
-)
+SKIPPED_IN_A_ROW = 20  # under fp16 the scaler halves its scale at each overflow, 65536 → 1 takes 16 steps
 
 
 class BrokenNumbers(Exception):
@@ -30,28 +29,26 @@ class BrokenNumbers(Exception):
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Completes every checkpoint that the trainer wrote, and compares the adapters with the one that was
-    loaded.
-    """
+    """Completes every checkpoint that the trainer wrote, and compares the adapters with the one that was loaded."""
 
-    def __init__(self, run, stage: str, loaded: Path | None):
-        self.run, self.stage, self.loaded = run, stage, loaded
+    def __init__(self, run: Run, config: RunConfig, stage: str, loaded: Path | None):
+        self.run, self.config, self.stage, self.loaded = run, config, stage, loaded
 
     def on_train_begin(self, args, state, control, model=None, **_):
         if self.loaded is not None and (different := find_different_adapters(model, self.loaded)):
             raise UserError(
-                f"チェックポイント {self.loaded.name} を読み込みましたが、"
-                f"メモリーの重み（{', '.join(different)}）がファイルと一致しません。"
-                "続けると学習が壊れるので止めました。ランタイムを再起動して、最初のセルから実行してください。"
+                f"チェックポイント {self.loaded.name} を読み込みましたが、メモリの重み（{', '.join(different)}）が"
+                "ファイルと一致しません。続けると学習が壊れるので止めました。"
+                "ランタイムを再起動して、最初のセルから実行してください。"
             )
 
     def on_step_end(self, args, state, control, **_):
-        self.run.steps_executed[self.stage] += 1
+        self.run.progress.steps_executed[self.stage] += 1
         if self.run.lock.lost:
             raise UserError(
                 f"{self.run.folder.name} の学習は、別のノートブックが引き継ぎました。"
                 "二重に学習しないように、こちらは止めました。"
-                "こちらで続けるには、もう一方を止めてから、RUN_DIR のセルから実行してください。"
+                "こちらで続けるには、もう一方を止めてから、RUN_NAME のセルから実行してください。"
             )
         if control.should_save:
             control.should_log = (
@@ -62,15 +59,15 @@ class KeepCheckpoints(TrainerCallback):
         self.run.wait()  # every process has its own random state in the checkpoint
         if self.run.leads:
             made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.run.keep_checkpoint(self.stage, made, state.global_step, state.max_steps)
+            self.run.keep_checkpoint(self.stage, made, state.global_step, state.max_steps, self.config)
         self.run.wait()  # nobody looks for checkpoints while they are renamed and rotated
 
 
 class WatchNumbers(TrainerCallback):
     """Raises BrokenNumbers before an optimizer step would put NaN or infinity into the weights.
 
-    A loss that is NaN or infinite shows in the gradients. Under fp16 single overflows are normal, and the
-    scaler skips them.
+    A loss that is NaN or infinite shows in the gradients. Under fp16 single overflows are normal, and the scaler
+    skips them.
     """
 
     def __init__(self, precision: str):
@@ -78,20 +75,15 @@ class WatchNumbers(TrainerCallback):
         self.broken = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norms = [
-            (g.to_local() if isinstance(g, DTensor) else g).norm() for g in gradients
-        ]  # under FSDP, of this process's shards
-        is_broken = gather(~torch.stack(norms).isfinite().all()[None]).any()  # all processes stop, or none
+        norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        is_broken = gather(~norms.isfinite().all()[None]).any()  # all processes stop, or none
         self.broken = self.broken + 1 if is_broken else 0
         if self.broken > self.allowed:
             raise BrokenNumbers(state.global_step)
 
 
 class StopWhenAsked(TrainerCallback):
-    """Ends the training after the step in which the stop button was pressed, with a checkpoint of that
-    step.
-    """
+    """Ends the training after the step in which the stop button was pressed, with a checkpoint of that step."""
 
     def __init__(self, asked: threading.Event):
         self.asked = asked
@@ -110,8 +102,8 @@ def watch_stop_button(asked: threading.Event):
             raise KeyboardInterrupt
         asked.set()
         print(
-            "停止します。今のステップが終わり、チェックポイントを保存するまで"
-            "少し待ってください（もう一度押すとすぐに止まります）。"
+            "停止します。今のステップが終わり、チェックポイントを保存するまで少し待ってください"
+            "（もう一度押すとすぐに止まります）。"
         )
 
     if (

@@ -18,7 +18,7 @@ from trl import DPOTrainer
 from dpo_helpers.data.generate import SIDES
 from dpo_helpers.judge.scores import score_encoded
 from dpo_helpers.machine import PACK_TOKENS
-from dpo_helpers.model.answer import use_stage
+from dpo_helpers.model.answer import use_role
 
 SAME_LOG_PROB = (
     0.03  # nats a token: half precision stays below, a mask or a position that a model ignores does not
@@ -128,8 +128,6 @@ class FastDPOTrainer(DPOTrainer):
         """Compare the log-probs of the two longest rows with those of an ordinary forward pass; a sharded
         model is not tried.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
         if not {"position_ids", "logits_to_keep"} <= set(
             inspect.signature(self.model.get_base_model().forward).parameters
         ):
@@ -159,7 +157,7 @@ class FastDPOTrainer(DPOTrainer):
         with (
             torch.no_grad(),
             self.accelerator.autocast(),
-            use_stage(self.accelerator.unwrap_model(self.model), "reference"),
+            use_role(self.accelerator.unwrap_model(self.model), "reference"),
         ):
             return self._score(self.model, inputs)
 

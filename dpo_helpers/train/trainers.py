@@ -2,16 +2,15 @@
 through train_stage.
 """
 
-import shutil
 from pathlib import Path
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
 from dpo_helpers.data.tokens import format_row
+from dpo_helpers.errors import UserError
 from dpo_helpers.keep.run import Run
 from dpo_helpers.machine import Machine, halve_on_out_of_memory
 from dpo_helpers.model.load import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.model.quantization import restore_adapters
-from dpo_helpers.train.loop import train_stage
 
 # What these losses need beside their name: TRL's robust loss without smoothing is the sigmoid one, and
 # exo_pair raises.
@@ -58,41 +57,19 @@ def make_shared_arguments(config: RunConfig, machine: Machine, output_dir, micro
     }
 
 
-def _shared_arguments(run: Run, stage: str) -> dict:
+def _shared_arguments(run: Run, config: RunConfig, machine: Machine, stage: str) -> dict:
     return make_shared_arguments(
-        run.config, run.machine, run.checkpoints / f"writing-{stage}", run.micro_batch
+        config, machine, run.checkpoints / f"writing-{stage}", run.progress.micro_batch
     )
 
 
-def train_sft(run: Run) -> Path | None:
-    """Teach the base model the chosen answers, or go on where that was; return the folder of the warmed-up
-    adapter.
-
-    The loss is the mean negative log-likelihood of the answers' tokens alone; `run.sft_log` holds the log
-    history. With `sft_epochs` 0 there is no warm-up: None.
-    """
-    if run.config.sft_epochs == 0:
-        print("SFT_EPOCHS が 0 なので、教師あり学習は行いません。")
-        return None
-    adapter, checkpoint = run.checkpoints / "warmed-up", run.newest()
-    if checkpoint and checkpoint.stage == "dpo":
-        print("教師あり学習は終わっているので、その結果を使います。")
-        if run.leads:
-            shutil.copytree(checkpoint.path / "ref", adapter, dirs_exist_ok=True)
-        run.wait()
-        return adapter
-    trainer = train_stage(run, "sft", _build_sft_trainer)
-    run.sft_log = trainer.state.log_history
-    if run.leads:
-        trainer.model.save_pretrained(adapter)
-    run.wait()
-    return adapter
-
-
-def _build_sft_trainer(run: Run):
-    base, tokenizer = load_base_model(run.config, run.machine)
-    run.use_base(base)
-    return make_sft_trainer(run.config, base, tokenizer, run.train_rows, _shared_arguments(run, "sft"))
+def build_sft_trainer(run: Run, config: RunConfig, machine: Machine, train_rows: list[dict]):
+    """Return an SFTTrainer on a freshly loaded base for the run's rows."""
+    base, tokenizer = load_base_model(config, machine)
+    run.check_base(base)
+    return make_sft_trainer(
+        config, base, tokenizer, train_rows, _shared_arguments(run, config, machine, "sft")
+    )
 
 
 def make_sft_trainer(config: RunConfig, base, tokenizer, rows: list[dict], arguments: dict):
@@ -125,22 +102,13 @@ def _finish_trainer(trainer):
     trainer.remove_callback(
         DEFAULT_PROGRESS_CALLBACK
     )  # the live view stands in its place, and a look before the training needs none
-    if trainer.is_fsdp_enabled:
-        _check_sharding(trainer.accelerator.state.fsdp_plugin)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError(
+            "重みを分けて持つ学習（FSDP、DeepSpeed）には対応していません。"
+            "accelerate launch --multi_gpu で、GPU ごとにモデル全体を置く学習（DDP）を使ってください。"
+        )
     check_trainable_precision(trainer.model)
     return trainer
-
-
-def _check_sharding(plugin) -> None:
-    """Refuse what would leave checkpoints without the adapter's own files, or shards that cannot be
-    compared with them.
-    """
-    if plugin.fsdp_version != 2 or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise UserError(
-            "FSDP は、accelerate の設定ファイルの fsdp_config に fsdp_version: 2 と "
-            "fsdp_state_dict_type: FULL_STATE_DICT を書いて使ってください"
-            f"（今の設定：fsdp_version {plugin.fsdp_version}、{plugin.state_dict_type}）。"
-        )
 
 
 def choose_trainer(config):
@@ -158,32 +126,26 @@ def choose_trainer(config):
     return DPOTrainer
 
 
-def build_dpo_trainer(run: Run, warmed_up: Path | None = None):
+def build_dpo_trainer(
+    run: Run, config: RunConfig, machine: Machine, train_rows, held_out_rows, warmed_up=None
+):
     """Return a DPOTrainer on a freshly loaded base, as make_dpo_trainer says, for the run's rows.
 
     A sample of the held-out rows is evaluated every `checkpoint_steps` for the plots.
     """
-    model, tokenizer = load_base_model(run.config, run.machine)
-    run.use_base(model)
+    model, tokenizer = load_base_model(config, machine)
+    run.check_base(model)
     arguments = {
-        **_shared_arguments(run, "dpo"),
+        **_shared_arguments(run, config, machine, "dpo"),
         "eval_strategy": "steps",
-        "eval_steps": run.config.checkpoint_steps,
+        "eval_steps": config.checkpoint_steps,
         "eval_on_start": run.newest("dpo") is None,  # a resumed log has that line already
-        "per_device_eval_batch_size": max(
-            1, run.eval_batch // run.process_count
-        ),  # 40 rows then fill every round, none is doubled
+        # 40 rows then fill every round, none is doubled
+        "per_device_eval_batch_size": max(1, run.progress.eval_batch // run.process_count),
     }
-    curve_rows = make_dataset(sample_curve_rows(run.held_out_rows), tokenizer)
-    return make_dpo_trainer(
-        run.config,
-        model,
-        tokenizer,
-        make_dataset(run.train_rows, tokenizer),
-        arguments,
-        warmed_up,
-        eval_dataset=curve_rows,
-    )
+    curve_rows = make_dataset(sample_curve_rows(held_out_rows), tokenizer)
+    data = make_dataset(train_rows, tokenizer)
+    return make_dpo_trainer(config, model, tokenizer, data, arguments, warmed_up, eval_dataset=curve_rows)
 
 
 def make_dpo_trainer(
@@ -235,23 +197,3 @@ def evaluate_curve_rows(trainer) -> dict:
         return trainer.state.log_history[-1]
 
     return halve_on_out_of_memory(measure, trainer.args.per_device_eval_batch_size, "評価")
-
-
-def train_dpo(run: Run, trainer, warmed_up: Path | None = None):
-    """Train to the end, from the newest checkpoint if there is one; return the trainer that did it.
-
-    That is another one than was given when memory ran out. A trainer that has trained already is left alone,
-    so that a cell run twice does no harm.
-    """
-    if trainer.state.global_step >= trainer.state.max_steps > 0:
-        print(
-            "この学習は終わっています。最初からやり直すには RESUME を「最初から」にして、"
-            "そのセルから実行してください。"
-        )
-        return trainer
-    stopped_before = (
-        trainer.state.global_step > 0
-    )  # its optimizer and adapters may be anywhere: begin from the checkpoint
-    return train_stage(
-        run, "dpo", lambda run: build_dpo_trainer(run, warmed_up), None if stopped_before else trainer
-    )

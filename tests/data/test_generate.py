@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.generate import (
     FIELDS,
     REJECTION_KINDS,
@@ -16,6 +15,7 @@ from dpo_helpers.data.generate import (
     strip_question,
 )
 from dpo_helpers.data.tokens import encode_answers
+from dpo_helpers.errors import UserError
 
 
 def test_there_are_150_concepts_with_one_fact_for_each_of_six_forms():

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.own_rows import RowErrors, count_problems, load_preferences
 from dpo_helpers.data.row_sources import match_columns
+from dpo_helpers.errors import UserError
 
 GOOD = {"prompt": "AIとは何ですか？", "chosen": "人工知能のことです。", "rejected": "わかりません。"}
 EXPECTED = {**GOOD, "prompt": "質問: AIとは何ですか？\n回答:\n"}

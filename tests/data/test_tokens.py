@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
 from dpo_helpers.data.own_rows import add_data_arguments, load_preferences, run_data
 from dpo_helpers.data.tokens import (
     build_token_report,
@@ -15,6 +15,7 @@ from dpo_helpers.data.tokens import (
     measure_rows,
     plot_token_report,
 )
+from dpo_helpers.errors import UserError
 from dpo_helpers.model.load import load_tokenizer
 
 CHAT_TEMPLATE = (

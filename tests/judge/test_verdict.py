@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.judge.measure import add_judge_arguments, judge_folder, run_judge
 from dpo_helpers.judge.verdict import LABEL_NAMES, RULES, describe_verdict, judge
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from dpo_helpers.config import UserError
 from dpo_helpers.data.generate import make_prompt
 from dpo_helpers.data.own_rows import load_preferences
+from dpo_helpers.errors import UserError
 from dpo_helpers.judge import ask_vote
 from dpo_helpers.judge.ask_vote import ask_box, vote_box
 from dpo_helpers.judge.votes import (
@@ -147,7 +147,7 @@ def test_a_vote_writes_one_row_that_is_training_data_and_reveals_who_was_who(ask
         "winner": first,
         "loser": second,
     }
-    assert f"A は「{ask_vote.ANSWER_STAGES[first]}」、B は「{ask_vote.ANSWER_STAGES[second]}」" in said.value
+    assert f"A は「{ask_vote.ANSWER_ROLES[first]}」、B は「{ask_vote.ANSWER_ROLES[second]}」" in said.value
     assert QUESTIONS[1] in shown.value and QUESTIONS[0] not in shown.value
     assert f"{int(first == 'policy')} 勝 {int(second == 'policy')} 敗" in result.value
     assert list(load_preferences(path)) == [{key: vote[key] for key in ("prompt", "chosen", "rejected")}]

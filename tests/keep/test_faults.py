@@ -12,7 +12,7 @@ import pytest
 from faulty_drive import FAULTS, WEIGHTS, fail, no_fault, steps
 from tiny_run import comparable, make_config, save, train
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.keep import mirror as mirror_module
 from dpo_helpers.keep.checkpoints import list_checkpoints
 from dpo_helpers.keep.mirror import verify_folder

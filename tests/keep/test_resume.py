@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_run import comparable, losses, make_config, train, weights
 
-from dpo_helpers.config import RunConfig, TrainingStopped, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import TrainingStopped, UserError
 from dpo_helpers.keep.checkpoints import list_checkpoints
 from dpo_helpers.keep.mirror import find_valid_slots
 from dpo_helpers.keep.run import open_run

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.keep import run_lock
 from dpo_helpers.keep.run_lock import RunLock
 

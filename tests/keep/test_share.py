@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from dpo_helpers.__main__ import main
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.judge.verdict import LABEL_NAMES
 from dpo_helpers.keep.share import make_model_card, merge_adapter, push_to_hub
 

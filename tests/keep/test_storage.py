@@ -7,7 +7,8 @@ import pytest
 from fake_colab import ANSWERS
 
 from dpo_helpers import files
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.keep import storage
 
 

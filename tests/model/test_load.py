@@ -1,6 +1,7 @@
 import pytest
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.model.load import (
     check_trainable_precision,
     count_parameters,

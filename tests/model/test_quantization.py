@@ -6,7 +6,8 @@ import importlib.metadata
 
 import pytest
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import UserError
 from dpo_helpers.machine import Machine
 from dpo_helpers.model import quantization
 from dpo_helpers.model.load import load_base_model, make_lora_config

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dpo_helpers.config import UserError
+from dpo_helpers.errors import UserError
 from dpo_helpers.setup import packages as pip
 from dpo_helpers.setup.conflicts import (
     Conflict,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_helpers.config import RunConfig, TrainingStopped, UserError
+from dpo_helpers.config import RunConfig
+from dpo_helpers.errors import TrainingStopped, UserError
 from dpo_helpers.sweep.plan import load_grid, make_plan, run_plan
 from dpo_helpers.sweep.results import Results
 from dpo_helpers.sweep.runs import REFUSAL, Variation, Workshop, flip_labels, make_easy, make_rows

@@ -4,9 +4,10 @@ and log-probs.
 
 import pytest
 
-from dpo_helpers.config import RunConfig, UserError
+from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences, split_rows
 from dpo_helpers.data.tokens import encode_prompts
+from dpo_helpers.errors import UserError
 from dpo_helpers.judge.scores import score_rows
 from dpo_helpers.keep.storage import load_run, save_model
 from dpo_helpers.model.answer import generate_response

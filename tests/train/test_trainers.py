@@ -8,7 +8,7 @@ from dpo_helpers.config import RunConfig
 from dpo_helpers.data.tokens import format_row
 from dpo_helpers.judge.monitoring import summarize_training
 from dpo_helpers.judge.scores import score_rows, summarize_scores
-from dpo_helpers.model.answer import use_stage
+from dpo_helpers.model.answer import use_role
 from dpo_helpers.model.load import load_base_model
 from dpo_helpers.train.trainers import (
     build_dpo_trainer,
@@ -138,7 +138,7 @@ def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, run):
     ids = torch.tensor([[1, 2, 3]])
     outputs = {}
     for stage in ("base", "reference", "policy"):
-        with use_stage(trainer.model, stage), torch.no_grad():
+        with use_role(trainer.model, stage), torch.no_grad():
             outputs[stage] = trainer.model(ids).logits
     assert torch.allclose(outputs["base"], base(ids).logits, atol=1e-5)
     assert not torch.allclose(outputs["base"], outputs["reference"], atol=1e-3)
