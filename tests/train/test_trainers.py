@@ -3,10 +3,10 @@
 import math
 
 import pytest
+from dpo_helpers.judge.monitoring import summarize_training
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.tokens import format_row
-from dpo_helpers.judge.monitoring import summarize_training
 from dpo_helpers.judge.scores import score_rows, summarize_scores
 from dpo_helpers.model.answer import use_role
 from dpo_helpers.model.load import load_base_model
