@@ -29,7 +29,7 @@ NEAR = 4  # characters: lengths that differ by less count as equally near
 CHOICES = 4  # rejected answers to be had for one prompt and kind: two longer and two shorter than chosen
 # Characters plus kanji of prompt and answer: below this, all of them stay within 128 tokens of GPT-2's
 # vocabulary.
-HEAVIEST = 102
+HEAVIEST = 101
 CONCEPT_SHARE = 2 / 3  # of held_out_fraction: ten of 51 concepts a field at 0.3, each asked about five times
 
 

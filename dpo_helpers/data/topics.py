@@ -19,6 +19,10 @@ KIND_SHARES = {
 }
 
 
+# Forms whose facts nearly answer each other's questions: one is no wrong answer to the other.
+CLOSE_FORMS = ({"purpose", "strength"}, {"definition", "mechanism"})
+
+
 class Fact(NamedTuple):
     """One thing to know: what `form` of question about `concept` it answers."""
 
@@ -97,7 +101,7 @@ def make_rejected(kind: str, fact: Fact, side) -> list[str]:
     if kind == "wrong_fact":
         return [tell_fact(other, fact.concept) for other in _list_wrong_facts(fact, side)]
     if kind == "off_form":
-        return [tell_fact(other) for other in others]
+        return [tell_fact(other) for other in others if {fact.form, other.form} not in CLOSE_FORMS]
     if kind == "unfinished":
         return _unfinished(chosen, fact.concept, [tell_fact(other) for other in others])
     if kind == "repetitive":
