@@ -1,6 +1,4 @@
-"""What several tests share: the tokenizers of real models, a tiny model of each layout, and one small
-finished run.
-"""
+"""What several tests share: the tokenizers of real models, tiny models, runs that are closed after the test."""
 
 import lzma
 from pathlib import Path
@@ -57,9 +55,7 @@ def embedded_folder():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, embedded_folder):
-    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D) and Llama
-    (Linear).
-    """
+    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D), Llama (Linear)."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -98,9 +94,7 @@ def drive(tmp_path, monkeypatch):
 
 @pytest.fixture
 def colab(tmp_path, monkeypatch):
-    """A kernel of Colab: google.colab is imported, and Drive is not yet mounted; the working folder is
-    empty.
-    """
+    """A kernel of Colab: google.colab is imported, Drive is not yet mounted, the working folder is empty."""
     from fake_colab import FakeColab
 
     from dpo_helpers.keep import storage
@@ -114,42 +108,34 @@ def colab(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start_run(tmp_path):
-    """A function that opens a run on the CPU with given rows; all of them are closed after the test."""
-    from dpo_helpers.keep.run import open_run
-    from dpo_helpers.machine import find_machine
+    """A function that opens a run on the CPU and checks its rows; all of them are closed after the test.
+
+    It returns the tuple (run, config, machine, train_rows, held_out_rows) that the stages take.
+    """
+    from tiny_run import start
 
     opened = []
 
-    def start(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
-        opened.append(open_run(config, folder, find_machine("cpu"), **options))
-        opened[-1].use_rows(train_rows, held_out_rows)
+    def start_and_note(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
+        opened.append(start(config, train_rows, held_out_rows, folder, **options))
         return opened[-1]
 
-    yield start
-    for run in opened:
-        run.close()
+    yield start_and_note
+    for started in opened:
+        started.run.close()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_models, rows, tmp_path_factory):
-    """The run and the trainer of a tiny training with a warm-up that nothing disturbs, logged at every
-    step, and saved.
-    """
-    from tiny_run import make_config, save, train
+    """A tiny training with a warm-up that nothing disturbs, logged at every step and saved, and its trainer."""
+    from tiny_run import make_config, save, start, train
 
-    from dpo_helpers.keep.run import open_run
-    from dpo_helpers.machine import find_machine
-
-    run = open_run(
-        make_config(tiny_models, logging_steps=1),
-        tmp_path_factory.mktemp("undisturbed") / "run",
-        find_machine("cpu"),
-    )
-    run.use_rows(rows[:32], rows[32:40])
-    trainer = train(run)
-    save(run, trainer)
-    run.close()
-    return run, trainer
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    started = start(make_config(tiny_models, logging_steps=1), rows[:32], rows[32:40], folder)
+    trainer = train(started)
+    save(started, trainer)
+    started.run.close()
+    return started, trainer
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ and log-probs.
 """
 
 import pytest
+from tiny_run import train
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences, split_rows
@@ -105,8 +106,6 @@ def make_model(tmp_path_factory, trained):
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_comes_back_as_it_was_trained(kind, make_model, rows, start_run, tmp_path):
-    from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo, train_sft
-
     _, layers, chat, pad, sft_epochs = ARCHITECTURES[kind]
     config = RunConfig(
         model_name=str(make_model(kind, chat, pad)),
@@ -117,16 +116,15 @@ def test_every_architecture_comes_back_as_it_was_trained(kind, make_model, rows,
         sft_learning_rate=1e-2,
     )
     train_rows, held_out_rows = rows[:8], split_rows(rows, 0.2, 42)[1][:2]
-    run = start_run(config, train_rows, held_out_rows)
-    warmed_up = train_sft(run)
-    trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+    started = start_run(config, train_rows, held_out_rows)
+    trainer = train(started)
     assert trainer.state.global_step == 2
     adapted = [name for name, _ in trainer.model.named_modules() if name.endswith("lora_A.default")]
     assert len(adapted) == 2 * layers
 
     model, tokenizer = trainer.model, trainer.processing_class
-    save_model(run.folder, model, tokenizer)
-    loaded, loaded_tokenizer, _ = load_run(run.folder)
+    save_model(started.run.folder, model, tokenizer)
+    loaded, loaded_tokenizer, _ = load_run(started.run.folder)
     questions = [row["prompt"] for row in held_out_rows]
     answers = generate_response(model, tokenizer, questions, max_new_tokens=12)
     assert generate_response(loaded, loaded_tokenizer, questions, max_new_tokens=12) == answers

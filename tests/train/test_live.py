@@ -270,7 +270,7 @@ def make_trainer(tiny_models, rows, start_run):
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
     )
-    trainer = build_dpo_trainer(start_run(config, rows[:32], rows[32:40]))
+    trainer = build_dpo_trainer(*start_run(config, rows[:32], rows[32:40]))
     trainer.args.save_strategy = "no"
     return trainer
 
