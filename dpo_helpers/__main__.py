@@ -1,10 +1,11 @@
-"""The notebooks' jobs from a terminal: python -m dpo_helpers train | experiment | data | judge | doctor | merge | share."""
+"""The notebooks' jobs from a terminal: python -m dpo_helpers JOB, and what each job may be told."""
 
 import argparse
 import io
 import json
 import os
 import sys
+from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped, UserError
@@ -12,8 +13,8 @@ from dpo_helpers.setup.quick_fix import run_doctor
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve (told on
-    standard error), 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
+    """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve,
+    told on standard error, 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
     """
     arguments = make_parser().parse_args(argv)
     follows = int(os.environ.get("RANK", "0")) > 0  # one of several processes: the first one does the talking
@@ -151,15 +152,8 @@ def read_settings(pairs: list[str]) -> dict:
 def run_train(arguments) -> int:
     config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
     config = config.replace(read_settings(arguments.set), "--set")
-    train(
-        config,
-        arguments.run_dir,
-        arguments.device,
-        arguments.mirror,
-        arguments.resume,
-        arguments.data,
-        arguments.on_error,
-    )
+    where = arguments.run_dir, arguments.device, arguments.mirror
+    train(config, *where, arguments.resume, arguments.data, arguments.on_error)
     return 0
 
 
@@ -168,8 +162,8 @@ def train(
 ) -> dict:
     """Run the whole way of the main notebook, without a notebook; return what metrics.json holds.
 
-    A finished run is not repeated: its metrics are returned as they are. Under `accelerate launch` every process
-    calls this, and all but the first are done when the training is: they return {}.
+    A finished run is not repeated: its metrics are returned as they are. Under `accelerate launch` every
+    process calls this, and all but the first are done when the training is: they return {}.
     """
     from accelerate import PartialState
 
@@ -191,10 +185,8 @@ def train(
         print(describe_machine(machine))
         run = open_shared_run(config, folder, machine, mirror, resume, clock)
     try:
-        with (
-            clock("setup"),
-            PartialState().main_process_first(),
-        ):  # the first one makes or downloads the model
+        # the first process makes or downloads the model
+        with clock("setup"), PartialState().main_process_first():
             tokenizer = load_tokenizer(config.model_name, config.seed, config.held_out_fraction)
         with clock("data"), PartialState().main_process_first():
             rows = collect_rows(config, tokenizer, data, on_error, run.folder)
@@ -243,14 +235,13 @@ def run_experiment(arguments) -> int:
 def run_data(arguments) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error)."""
     from dpo_helpers.data import own_rows
+    from dpo_helpers.model.load import load_tokenizer
 
-    return own_rows.run_data(arguments)
+    return own_rows.run_data(arguments, load_tokenizer)
 
 
 def run_judge(arguments) -> int:
     """Measure a saved run again on its held-out rows and print the verdict; return 0, whatever the label."""
-    from pathlib import Path
-
     from dpo_helpers.files import read_json, read_rows
     from dpo_helpers.judge.measure import evaluate_run
     from dpo_helpers.judge.scores import score_rows

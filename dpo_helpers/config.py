@@ -124,7 +124,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Switches:
-    """What the notebook does beside training: where it runs, reads and saves. None of it changes what is learned."""
+    """What the notebook does beside training: where it runs, reads and saves. None of it changes what is
+    learned.
+    """
 
     data_file: str = _knob("", "自分のデータのファイルか、Hub のデータセット名。空なら自動生成", None)
     use_drive: bool = _knob(True, "Google Drive に途中経過と結果を保存するか", None)
@@ -147,8 +149,8 @@ class Switches:
 def read_form(names: dict) -> tuple[RunConfig, Switches]:
     """Read the notebook's parameter cell: forms in capitals, and the rest in the dictionary MORE.
 
-    `names` are the notebook's globals. A name that is unknown, or given in both places, raises UserError, as a
-    value out of its range does. A `config_file` takes the place of the run's settings.
+    `names` are the notebook's globals. A name that is unknown, or given in both places, raises UserError, as
+    a value out of its range does. A `config_file` takes the place of the run's settings.
     """
     knobs = [item.name for item in fields(RunConfig)]
     known = knobs + [item.name for item in fields(Switches)]

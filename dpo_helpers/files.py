@@ -1,7 +1,7 @@
 """Reads and writes single files; nothing here knows what is in them.
 
-A file on this machine is written aside and renamed, so that it is whole or not there. On Google Drive, where what
-is renamed or deleted fills the bin, files are overwritten in place and read back.
+A file on this machine is written aside and renamed, so that it is whole or not there. On Google Drive, where
+what is renamed or deleted fills the bin, files are overwritten in place and read back.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def read_rows(path, what: str) -> list[dict]:
 
 
 def write_whole(path, text: str) -> None:
-    """Write a text file aside, down to the disk, and rename it: a process killed meanwhile leaves no half of it."""
+    """Write a text file aside, down to the disk, and rename it: a killed process leaves no half of it."""
     aside = Path(f"{path}.new")
     with open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -63,7 +63,8 @@ def write_in_place(path: Path, source, mode: str | None = None) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file over another and read it back; raises OSError where that does not work or does not match.
 
-    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this machine.
+    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this
+    machine.
     """
     target.parent.mkdir(exist_ok=True)
     with open(source, "rb") as content:

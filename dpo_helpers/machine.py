@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
 
-# Tokens of one forward pass of the fast trainer. On a CPU, longer ones lose more in attention, which visits the
-# masked pairs beside its own too, than they win in the layers; on a GPU, short ones leave it waiting for kernels.
+# Tokens of one forward pass of the fast trainer. On a CPU, longer ones lose more in attention, which visits
+# the masked pairs beside its own too, than they win in the layers; on a GPU, short ones leave it waiting for
+# kernels.
 PACK_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
@@ -65,7 +66,7 @@ def choose_micro_batch(config: RunConfig, device: str) -> int:
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Look at the hardware; `device` is "auto", "cuda" or "cpu". Raises UserError if the one asked for is absent."""
+    """Look at the hardware; `device` is "auto", "cuda" or "cpu". Raises UserError where that is absent."""
     import psutil
     import torch  # here, so that importing this module works in a kernel whose torch is broken
 
@@ -73,8 +74,8 @@ def find_machine(device: str = "auto") -> Machine:
         raise UserError(f"デバイス {device!r} は使えません。auto, cuda, cpu のどれかを選んでください。")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "GPU（cuda）が見つかりません。Colab では「ランタイム → ランタイムのタイプを変更」で T4 GPU を選ぶか、"
-            "device を auto にしてください。"
+            "GPU（cuda）が見つかりません。Colab では「ランタイム → ランタイムのタイプを変更」で"
+            " T4 GPU を選ぶか、device を auto にしてください。"
         )
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     memory = psutil.virtual_memory().total
@@ -120,7 +121,7 @@ def describe_machine(machine: Machine) -> str:
 
 
 def measure_peak_memory(device: str) -> int:
-    """Return the largest memory use so far in bytes: the GPU's where there is one, else this process's own."""
+    """Return the largest memory use so far in bytes: the GPU's where there is one, else this process's."""
     if device == "cuda":
         import torch
 

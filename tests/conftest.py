@@ -48,7 +48,7 @@ def smollm2_tokenizer():
 
 @pytest.fixture(scope="session")
 def embedded_folder():
-    from dpo_helpers.model.load import make_embedded_model
+    from dpo_helpers.model.embedded import make_embedded_model
 
     return make_embedded_model(seed=42, held_out_fraction=0.2)
 

@@ -47,7 +47,7 @@ def evaluate_run(model, tokenizer, rows: list[dict], scores: list[dict], config)
 
 
 def describe_kinds(metrics: dict) -> list[dict]:
-    """Return the figures of each kind of rejected answer as table rows; rows of one's own may have no kinds."""
+    """Return the figures of each kind of rejected answer as table rows; one's own rows may have no kinds."""
     headings = {"rows": "行数", "loss": "損失", "accuracy": "正解率", "margin": "マージン"}
     lines = metrics.get("by_rejection_kind", [])
     if not lines:

@@ -65,7 +65,9 @@ def score_rows(model, tokenizer, rows: list[dict], max_length: int, batch_size: 
 def score_role(
     model, tokenizer, rows: list[dict], max_length: int, role: str, batch_size: int = 16
 ) -> list[dict]:
-    """Score both answers of every row in one role (see use_role): a dict a row, e.g. policy_chosen, policy_rejected."""
+    """Score both answers of every row in one role (see use_role): a dict a row, e.g. policy_chosen,
+    policy_rejected.
+    """
     with evaluating(model), use_role(model, role):
         pairs = {side: [(row["prompt"], row[side]) for row in rows] for side in SIDES}
         sides = [score_answers(model, tokenizer, pairs[side], max_length, batch_size) for side in SIDES]

@@ -203,7 +203,7 @@ LIMITS = """- 小さなモデルなので、文の形が整っていても、**�
 
 def _public_name(name: str) -> str:
     """Return a model's name without the folders of this machine."""
-    from dpo_helpers.model.load import EMBEDDED  # here: it needs psutil as well
+    from dpo_helpers.model.embedded import EMBEDDED
 
     if name in EMBEDDED:
         return f"{name}（その場で作った小さな GPT-2）"

@@ -181,7 +181,7 @@ def test_a_tokenizer_that_loses_the_text_is_refused(make_model):
     """Transformers gives a Qwen2 folder Qwen2's own class, which reads a tokenizer of another kind wrongly
     without a word.
     """
-    from dpo_helpers.model.load import _train_tokenizer
+    from dpo_helpers.model.embedded import _train_tokenizer
 
     folder = make_model("qwen2")
     _train_tokenizer(["質問と回答の文です。"] * 3, 50).save_pretrained(folder)
