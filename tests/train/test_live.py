@@ -195,7 +195,7 @@ def test_a_drawing_that_fails_is_told_once_and_text_takes_over(capsys):
     assert [("ValueError: 想定外" in line, "学習は続けます" in line) for line in lines] == [(True, True)] + [
         (False, False)
     ] * (len(lines) - 1)
-    assert "test_live_view.py の" in lines[0] and "60 / 60" in lines[-1]
+    assert "test_live.py の" in lines[0] and "60 / 60" in lines[-1]
 
 
 def test_where_the_text_fails_too_the_view_ends_in_silence(capsys, monkeypatch):
