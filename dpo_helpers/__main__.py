@@ -1,4 +1,6 @@
-"""The notebooks' jobs from a terminal: python -m dpo_helpers JOB, and what each job may be told."""
+"""The notebooks' jobs from a terminal: python -m dpo_helpers train | experiment | data | judge | doctor |
+merge | share.
+"""
 
 import argparse
 import io
@@ -13,8 +15,8 @@ from dpo_helpers.setup.quick_fix import run_doctor
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve,
-    told on standard error, 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
+    """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve (told
+    on standard error), 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
     """
     arguments = make_parser().parse_args(argv)
     follows = int(os.environ.get("RANK", "0")) > 0  # one of several processes: the first one does the talking
@@ -169,8 +171,8 @@ def train(
 
     from dpo_helpers.data.generate import split_rows
     from dpo_helpers.data.own_rows import collect_rows
-    from dpo_helpers.judge.measure import evaluate_run
-    from dpo_helpers.judge.scores import score_rows
+    from dpo_helpers.judge.measure import BEFORE_ROWS, evaluate_run
+    from dpo_helpers.judge.scores import measure_before
     from dpo_helpers.judge.verdict import describe_verdict, judge
     from dpo_helpers.keep.run import open_shared_run
     from dpo_helpers.keep.storage import make_zip
@@ -196,13 +198,13 @@ def train(
         if (metrics := run.read_finished()) is None:
             warmed_up = train_sft(run, config, machine, train_rows)
             trainer = build_dpo_trainer(run, config, machine, train_rows, held_out_rows, warmed_up)
+            before = measure_before(trainer.model, tokenizer, held_out_rows[:BEFORE_ROWS], config.max_length)
             trainer = train_dpo(run, config, machine, train_rows, held_out_rows, trainer, warmed_up)
             if not run.leads:
                 return {}
             with clock("evaluation"):
-                scores = score_rows(trainer.model, tokenizer, held_out_rows, config.max_length)
-                measured, _ = evaluate_run(trainer.model, tokenizer, held_out_rows, scores, config)
-            metrics = build_metrics(run, config, machine, train_rows, trainer) | measured
+                measured = evaluate_run(trainer.model, tokenizer, train_rows, held_out_rows, config, before)
+            metrics = build_metrics(run, config, machine, train_rows, trainer) | measured.metrics
             metrics["verdict"] = judge(metrics, trainer.state.log_history)
             save_result(run, config, train_rows, held_out_rows, trainer, metrics)
         if mirror and not run.deliver():
@@ -244,7 +246,6 @@ def run_judge(arguments) -> int:
     """Measure a saved run again on its held-out rows and print the verdict; return 0, whatever the label."""
     from dpo_helpers.files import read_json, read_rows
     from dpo_helpers.judge.measure import evaluate_run
-    from dpo_helpers.judge.scores import score_rows
     from dpo_helpers.judge.verdict import describe_verdict, judge
     from dpo_helpers.keep.storage import load_run
 
@@ -253,9 +254,8 @@ def run_judge(arguments) -> int:
     log = read_json(folder / "log_history.json", "学習の記録")
     if "stopped" not in metrics:
         model, tokenizer, config = load_run(folder)
-        rows = read_rows(folder / "held_out.jsonl", "評価用の行")
-        scores = score_rows(model, tokenizer, rows, config.max_length)
-        metrics |= evaluate_run(model, tokenizer, rows, scores, config)[0]
+        rows = [read_rows(folder / name, "学習と評価の行") for name in ("train.jsonl", "held_out.jsonl")]
+        metrics |= evaluate_run(model, tokenizer, *rows, config, metrics["before"]).metrics
     verdict = judge(metrics, log)
     print(json.dumps(verdict, ensure_ascii=False, indent=2) if arguments.json else describe_verdict(verdict))
     return 0

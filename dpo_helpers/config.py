@@ -83,8 +83,10 @@ class RunConfig:
 
     @property
     def trains_fast(self) -> bool:
-        """The fast trainer computes the sigmoid loss alone; another loss takes TRL's own path."""
-        return self.trainer == "fast" and self.loss_type == "sigmoid"
+        """The fast trainer computes the sigmoid loss, with or without an SFT term; others take TRL's own
+        path.
+        """
+        return self.trainer == "fast" and self.loss_type in ("sigmoid", "sigmoid+sft")
 
     @property
     def lora_alpha(self) -> float:

@@ -33,7 +33,9 @@ def read_rows(path, what: str) -> list[dict]:
 
 
 def write_whole(path, text: str) -> None:
-    """Write a text file aside, down to the disk, and rename it: a killed process leaves no half of it."""
+    """Write a text file aside, down to the disk, and rename it: a process killed meanwhile leaves no half
+    of it.
+    """
     aside = Path(f"{path}.new")
     with open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""What several tests share: the tokenizers of real models, tiny models, runs that are closed after the test."""
+"""What several tests share: the tokenizers of real models, tiny models, runs that are closed afterwards."""
 
 import lzma
 from pathlib import Path
@@ -110,32 +110,41 @@ def colab(tmp_path, monkeypatch):
 def start_run(tmp_path):
     """A function that opens a run on the CPU and checks its rows; all of them are closed after the test.
 
-    It returns the tuple (run, config, machine, train_rows, held_out_rows) that the stages take.
+    For tiny_run's functions, `config` and `rows` (training, held-out) are noted on the run.
     """
-    from tiny_run import start
+    from dpo_helpers.keep.run import open_run
+    from dpo_helpers.machine import find_machine
 
     opened = []
 
-    def start_and_note(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
-        opened.append(start(config, train_rows, held_out_rows, folder, **options))
-        return opened[-1]
+    def start(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
+        run = open_run(config, folder, find_machine("cpu"), **options)
+        opened.append(run)
+        run.check_rows(train_rows, held_out_rows)
+        run.config, run.rows = config, (train_rows, held_out_rows)
+        return run
 
-    yield start_and_note
-    for started in opened:
-        started.run.close()
+    yield start
+    for run in opened:
+        run.close()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_models, rows, tmp_path_factory):
-    """A tiny training with a warm-up that nothing disturbs, logged at every step and saved, and its trainer."""
-    from tiny_run import make_config, save, start, train
+    """(run, trainer) of a tiny training with a warm-up that nothing disturbs, logged at every step, saved."""
+    from tiny_run import make_config, save, train
 
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    started = start(make_config(tiny_models, logging_steps=1), rows[:32], rows[32:40], folder)
-    trainer = train(started)
-    save(started, trainer)
-    started.run.close()
-    return started, trainer
+    from dpo_helpers.keep.run import open_run
+    from dpo_helpers.machine import find_machine
+
+    config = make_config(tiny_models, logging_steps=1)
+    run = open_run(config, tmp_path_factory.mktemp("undisturbed") / "run", find_machine("cpu"))
+    run.config, run.rows = config, (rows[:32], rows[32:40])
+    run.check_rows(*run.rows)
+    trainer = train(run)
+    save(run, trainer)
+    run.close()
+    return run, trainer
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,17 @@ FLOORS = (
 )
 ROOMS = {"setup", "data", "model", "judge", "keep", "train", "sweep"}
 # Rooms and modules that other work still rebuilds: free of the size of a module and of the count for now.
-EXEMPT = {"keep", "setup", "sweep", "data.own_rows", "data.row_sources", "data.row_checks", "judge.verdict"}
-LONGEST_MODULE, MOST_MODULES, MOST_LEVELS, MOST_LINES = 280, 36, 12, 8_900
+EXEMPT = {
+    "data.generate",
+    "data.own_rows",
+    "data.row_checks",
+    "data.row_sources",
+    "judge.verdict",
+    "keep",
+    "setup",
+    "sweep",
+}
+LONGEST_MODULE, MOST_MODULES, MOST_LEVELS, MOST_LINES = 280, 36, 12, 7_900
 CELL_LINES, PACKED_LINE = 30, 4_000
 NOTEBOOKS = ("colab_dpo_training.ipynb", "dpo_training_experiment.ipynb")
 

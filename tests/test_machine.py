@@ -9,6 +9,7 @@ from dpo_helpers.machine import (
     choose_precision,
     describe_machine,
     find_machine,
+    format_seconds,
     halve_on_out_of_memory,
     measure_peak_memory,
 )
@@ -70,6 +71,10 @@ def test_a_phase_run_twice_counts_once():
         with clock("data"):
             time.sleep(seconds)
     assert 0.01 <= clock.seconds["data"] < 0.2
+
+
+def test_a_duration_is_as_exact_as_a_reader_needs_it():
+    assert [format_seconds(seconds) for seconds in (0.4, 59.6, 3600)] == ["0 秒", "1 分 0 秒", "1 時間 0 分"]
 
 
 def test_peak_memory_is_in_bytes():

@@ -1,24 +1,11 @@
 """A training of seconds on a tiny model, and what two of them are compared by."""
 
-from typing import NamedTuple
-
 from dpo_helpers.config import RunConfig
-from dpo_helpers.keep.run import Run, open_run
-from dpo_helpers.machine import Machine, find_machine
+from dpo_helpers.machine import find_machine
 from dpo_helpers.train.stages import build_metrics, save_result, train_dpo, train_sft
 from dpo_helpers.train.trainers import build_dpo_trainer
 
 NOT_COMPARED = ("runtime", "per_second", "train_loss", "total_flos")
-
-
-class Started(NamedTuple):
-    """An open run with what its stages take, in their order: `build_dpo_trainer(*started)` and the like."""
-
-    run: Run
-    config: RunConfig
-    machine: Machine
-    train_rows: list[dict]
-    held_out_rows: list[dict]
 
 
 def make_config(tiny_models, **changes):
@@ -37,34 +24,29 @@ def make_config(tiny_models, **changes):
     return RunConfig(**{**values, **changes})
 
 
-def start(config, train_rows, held_out_rows, folder, **options) -> Started:
-    """Open the run on the CPU and check its rows; it is closed again where those are refused."""
-    machine = find_machine("cpu")
-    run = open_run(config, folder, machine, **options)
-    try:
-        run.check_rows(train_rows, held_out_rows)
-    except BaseException:
-        run.close()
-        raise
-    return Started(run, config, machine, train_rows, held_out_rows)
-
-
-def warm_up(started):
+def warm_up(run):
     """Train the first stage; return the folder of the warmed-up adapter, or None."""
-    return train_sft(started.run, started.config, started.machine, started.train_rows)
+    return train_sft(run, run.config, find_machine("cpu"), run.rows[0])
 
 
-def train(started):
-    """Train both stages to their end; return the trainer of DPO."""
-    warmed_up = warm_up(started)
-    return train_dpo(*started, build_dpo_trainer(*started, warmed_up), warmed_up)
+def build(run, warmed_up=None):
+    return build_dpo_trainer(run, run.config, find_machine("cpu"), *run.rows, warmed_up)
 
 
-def save(started, trainer):
+def train_on(run, trainer, warmed_up=None):
+    return train_dpo(run, run.config, find_machine("cpu"), *run.rows, trainer, warmed_up)
+
+
+def train(run):
+    """Train both stages of a run that start_run opened to their end; return the trainer of DPO."""
+    warmed_up = warm_up(run)
+    return train_on(run, build(run, warmed_up), warmed_up)
+
+
+def save(run, trainer):
     """Save the result as the notebook does, without the evaluation; return the names of the files."""
-    run, config, machine, train_rows, held_out_rows = started
-    metrics = build_metrics(run, config, machine, train_rows, trainer)
-    return save_result(run, config, train_rows, held_out_rows, trainer, metrics)
+    metrics = build_metrics(run, run.config, find_machine("cpu"), run.rows[0], trainer)
+    return save_result(run, run.config, *run.rows, trainer, metrics)
 
 
 def weights(trainer):

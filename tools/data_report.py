@@ -11,6 +11,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from dpo_helpers.judge.baselines import (
+    BASELINE_NAMES,
+    compare_answers,
+    compare_lengths,
+    describe_baselines,
+    share_right,
+)
+
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import (
     FIELDS,
@@ -20,19 +28,12 @@ from dpo_helpers.data.generate import (
     split_rows,
     strip_question,
 )
+from dpo_helpers.data.look import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
 from dpo_helpers.data.tokens import build_token_report, measure_rows
 from dpo_helpers.errors import UserError
-from dpo_helpers.judge.baselines import (
-    BASELINE_NAMES,
-    compare_answers,
-    compare_lengths,
-    describe_baselines,
-    share_right,
-)
 from dpo_helpers.judge.scores import SIDES, score_rows, summarize_by, summarize_scores
 from dpo_helpers.keep.storage import load_run
 from dpo_helpers.model.load import load_tokenizer
-from dpo_helpers.data.look import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
 from tools.bench_data import measure
 from tools.show_answers import count_checks, make_table, read_rows
 

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from dpo_helpers.judge.monitoring import build_metrics
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences, split_rows
 from dpo_helpers.errors import TrainingStopped
 from dpo_helpers.judge.measure import evaluate_run, read_folder
-from dpo_helpers.judge.monitoring import build_metrics
 from dpo_helpers.judge.scores import score_rows
 from dpo_helpers.judge.verdict import describe_verdict, judge
 from dpo_helpers.keep.run import open_run

@@ -31,8 +31,8 @@ _open_runs: dict[
 class Progress:
     """How far a run is: what its checkpoints hold beside the trainer's own files.
 
-    `micro_batch` pairs are computed at once; memory may shrink it, the effective batch stays. `steps_executed` are
-    those of this process alone, and are not kept.
+    `micro_batch` pairs are computed at once; memory may shrink it, the effective batch stays.
+    `steps_executed` are those of this process alone, and are not kept.
     """
 
     micro_batch: int

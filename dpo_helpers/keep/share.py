@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.judge.baselines import BASELINE_NAMES
+from dpo_helpers.judge.rules import RULE_NAMES as BASELINE_NAMES
 from dpo_helpers.judge.verdict import LABEL_NAMES
 
 # What is sent of a folder: weights, tokenizer and figures. Rows may be private, and run_config.json may name
@@ -320,7 +320,7 @@ def _describe_figures(metrics: dict) -> str:
         if key in metrics
     ]
     text = _table(("項目", "値"), figures)
-    if baselines := metrics.get("baselines"):
+    if baselines := metrics.get("rules"):
         rows = [(BASELINE_NAMES.get(name, name), f"{value:.1%}") for name, value in baselines.items()]
         text += "\n\n何も学ばない見分け方の正解率：\n\n" + _table(("見分け方", "正解率"), rows)
     return text

@@ -233,7 +233,9 @@ def copy_run(folder, target) -> bool:
 
 
 def save_run(run, train_rows, held_out_rows, trainer, metrics: dict) -> list[str]:
-    """Complete a run's folder: adapter, tokenizer, rows, logs, and metrics last; return the names of its files."""
+    """Complete a run's folder: adapter, tokenizer, rows, logs, and metrics last; return the names of its
+    files.
+    """
     folder = run.folder
     with run.clock("saving"):
         write_rows(folder / "train.jsonl", train_rows)

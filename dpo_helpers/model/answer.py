@@ -97,7 +97,9 @@ def find_stop_tokens(model, tokenizer) -> list[int]:
 
 
 def answer_roles(model, tokenizer, questions: list[str], roles=tuple(ANSWER_ROLES)) -> list[dict[str, str]]:
-    """Return {role: greedy answer} for each question; without a warm-up there is no `reference`."""
+    """Return {role: greedy answer} for each question; without a warm-up there is no `reference` of its
+    own.
+    """
     columns = {}
     for role in roles:
         if role != "reference" or "ref" in model.peft_config:

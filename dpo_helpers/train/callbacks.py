@@ -40,8 +40,8 @@ class KeepCheckpoints(TrainerCallback):
         if self.loaded is not None and (different := find_different_adapters(model, self.loaded)):
             raise UserError(
                 f"チェックポイント {self.loaded.name} を読み込みましたが、"
-                f"メモリの重み（{', '.join(different)}）がファイルと一致しません。"
-                "続けると学習が壊れるので止めました。"
+                f"メモリの重み（{', '.join(different)}）が"
+                "ファイルと一致しません。続けると学習が壊れるので止めました。"
                 "ランタイムを再起動して、最初のセルから実行してください。"
             )
 
@@ -86,7 +86,9 @@ class WatchNumbers(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Ends the training after the step in which the stop button was pressed, with a checkpoint of it."""
+    """Ends the training after the step in which the stop button was pressed, with a checkpoint of that
+    step.
+    """
 
     def __init__(self, asked: threading.Event):
         self.asked = asked

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped
-from dpo_helpers.judge.monitoring import summarize_training
+from dpo_helpers.judge.history import summarize_training
 from dpo_helpers.judge.verdict import judge
 from dpo_helpers.keep.run import Run
 from dpo_helpers.keep.storage import save_run, save_stopped
@@ -143,8 +143,8 @@ def stop_run(run: Run, stage: str, config, machine, train_rows, outcome: Outcome
         )
     else:
         text = (
-            f"ステップ {step} で停止しました。{last}"
-            f"ここまでの重み、記録、グラフは {run.folder} に保存しました。\n"
+            f"ステップ {step} で停止しました。{last}ここまでの重み、記録、"
+            f"グラフは {run.folder} に保存しました。\n"
             "続けるには、もう一度同じように実行してください（RESUME は「自動」のまま）。"
         )
     return TrainingStopped(text, outcome.ending, step)

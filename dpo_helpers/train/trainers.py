@@ -5,6 +5,7 @@ through train_stage.
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
+from dpo_helpers.data.generate import SIDES
 from dpo_helpers.data.tokens import format_row
 from dpo_helpers.errors import UserError
 from dpo_helpers.keep.run import Run
@@ -17,10 +18,22 @@ from dpo_helpers.model.quantization import restore_adapters
 LOSS_ARGUMENTS = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 1e-3}}
 
 
-def make_dataset(rows: list[dict], tokenizer):
+def make_dataset(rows: list[dict], tokenizer, references: list[dict] | None = None):
+    """Return rows as TRL reads them; with `references` (score_role's of "reference") the reference is not run
+    again.
+
+    TRL's collator hands such columns on, and the fast trainer takes them.
+    """
     from datasets import Dataset
 
-    return Dataset.from_list([format_row(row, bool(tokenizer.chat_template)) for row in rows])
+    data = [format_row(row, bool(tokenizer.chat_template)) for row in rows]
+    if references:
+        columns = {side: f"reference_{side}" for side in SIDES}
+        data = [
+            line | {f"ref_{side}_logps": found[column] for side, column in columns.items()}
+            for line, found in zip(data, references, strict=True)
+        ]
+    return Dataset.from_list(data)
 
 
 def sample_curve_rows(held_out_rows: list[dict], count: int = 40) -> list[dict]:
@@ -120,7 +133,8 @@ def choose_trainer(config):
 
         if config.trainer == "fast":
             print(
-                f"TRAINER の fast は LOSS_TYPE が sigmoid のときだけなので、{config.loss_type} は "
+                "trainer の fast は、loss_type が sigmoid か sigmoid+sft のときだけなので、"
+                f"{config.loss_type} は "
                 "TRL の標準の計算で学習します。"
             )
     return DPOTrainer

@@ -116,15 +116,15 @@ def test_every_architecture_comes_back_as_it_was_trained(kind, make_model, rows,
         sft_learning_rate=1e-2,
     )
     train_rows, held_out_rows = rows[:8], split_rows(rows, 0.2, 42)[1][:2]
-    started = start_run(config, train_rows, held_out_rows)
-    trainer = train(started)
+    run = start_run(config, train_rows, held_out_rows)
+    trainer = train(run)
     assert trainer.state.global_step == 2
     adapted = [name for name, _ in trainer.model.named_modules() if name.endswith("lora_A.default")]
     assert len(adapted) == 2 * layers
 
     model, tokenizer = trainer.model, trainer.processing_class
-    save_model(started.run.folder, model, tokenizer)
-    loaded, loaded_tokenizer, _ = load_run(started.run.folder)
+    save_model(run.folder, model, tokenizer)
+    loaded, loaded_tokenizer, _ = load_run(run.folder)
     questions = [row["prompt"] for row in held_out_rows]
     answers = generate_response(model, tokenizer, questions, max_new_tokens=12)
     assert generate_response(loaded, loaded_tokenizer, questions, max_new_tokens=12) == answers

@@ -3,23 +3,16 @@
 import math
 
 import pytest
-
-from tiny_run import losses, train, warm_up
+from tiny_run import build, losses, train, train_on, warm_up
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.tokens import format_row
 from dpo_helpers.errors import UserError
-from dpo_helpers.judge.monitoring import summarize_training
+from dpo_helpers.judge.history import summarize_training
 from dpo_helpers.judge.scores import score_rows, summarize_scores
 from dpo_helpers.model.answer import use_role
 from dpo_helpers.model.load import load_base_model
-from dpo_helpers.train.stages import train_dpo
-from dpo_helpers.train.trainers import (
-    build_dpo_trainer,
-    evaluate_curve_rows,
-    make_dataset,
-    sample_curve_rows,
-)
+from dpo_helpers.train.trainers import evaluate_curve_rows, make_dataset, sample_curve_rows
 
 pytestmark = pytest.mark.versions
 CHAT = (
@@ -81,16 +74,16 @@ def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, run
 
 
 def test_the_warm_up_teaches_the_chosen_answers_and_dpo_starts_from_it(tiny_models, rows, start_run):
-    started = start_run(make_config(tiny_models["gpt2"], sft_epochs=3), rows[:64], rows[64:72])
-    warmed_up = warm_up(started)
-    curve = losses(started.run.progress.sft_log)
+    run = start_run(make_config(tiny_models["gpt2"], sft_epochs=3), rows[:64], rows[64:72])
+    warmed_up = warm_up(run)
+    curve = losses(run.progress.sft_log)
     assert curve[-1] < curve[0] - 0.3
-    trainer = build_dpo_trainer(*started, warmed_up)
+    trainer = build(run, warmed_up)
     model = trainer.model
     before = {name: p.clone() for name, p in model.named_parameters() if ".ref." in name}
     for name, value in before.items():
         assert value.equal(model.get_parameter(name.replace(".ref.", ".default.")))
-    train_dpo(*started, trainer, warmed_up)
+    train_on(run, trainer, warmed_up)
     assert all(value.equal(model.get_parameter(name)) for name, value in before.items())
     assert any(
         not value.equal(model.get_parameter(name.replace(".ref.", ".default.")))
@@ -121,7 +114,7 @@ def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, start_run,
         tokenizer.save_pretrained(tmp_path / "model")
         for name in ("config.json", "model.safetensors"):
             (tmp_path / "model" / name).write_bytes((tiny_models["gpt2"] / name).read_bytes())
-        trainer = build_dpo_trainer(*start_run(make_config(tmp_path / "model"), rows[:8], rows[8:12]))
+        trainer = build(start_run(make_config(tmp_path / "model"), rows[:8], rows[8:12]))
         for row, prepared in zip(rows[:8], trainer.train_dataset, strict=True):
             for side in ("chosen", "rejected"):
                 ((prompt, ids),) = encode_answers(trainer.processing_class, [(row["prompt"], row[side])])
@@ -147,14 +140,14 @@ def test_the_roles_answer_as_base_reference_and_policy(tiny_models, rows, run):
 
 
 def test_cells_run_twice_train_once(tiny_models, rows, start_run, capsys):
-    started = start_run(make_config(tiny_models["gpt2"], sft_epochs=1), rows[:8], rows[8:16])
-    warmed_up = warm_up(started)
-    trainer = train_dpo(*started, build_dpo_trainer(*started, warmed_up), warmed_up)
+    run = start_run(make_config(tiny_models["gpt2"], sft_epochs=1), rows[:8], rows[8:16])
+    warmed_up = warm_up(run)
+    trainer = train_on(run, build(run, warmed_up), warmed_up)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    assert train_dpo(*started, trainer, warmed_up) is trainer
+    assert train_on(run, trainer, warmed_up) is trainer
     assert "終わっています" in capsys.readouterr().out
-    again = train(started)
-    assert started.run.progress.steps_executed == {"sft": 2, "dpo": 2}
+    again = train(run)
+    assert run.progress.steps_executed == {"sft": 2, "dpo": 2}
     assert all(value.equal(again.model.get_parameter(name)) for name, value in before.items())
 
 
@@ -169,7 +162,7 @@ def test_sharded_weights_are_refused_with_the_way_to_go(tiny_models, rows, start
 
     monkeypatch.setattr(DPOTrainer, "__init__", shard)
     with pytest.raises(UserError, match=r"FSDP.*対応していません.*accelerate launch --multi_gpu"):
-        build_dpo_trainer(*start_run(make_config(tiny_models["gpt2"]), rows[:8], rows[8:16]))
+        build(start_run(make_config(tiny_models["gpt2"]), rows[:8], rows[8:16]))
 
 
 def test_a_chat_template_gets_messages_and_plain_text_stays_plain(rows):

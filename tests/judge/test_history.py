@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dpo_helpers.judge.monitoring import collect_history, summarize_training
+from dpo_helpers.judge.history import collect_history, summarize_training
 
 
 def make_log(losses):
