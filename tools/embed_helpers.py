@@ -27,28 +27,28 @@ PACKED = """
 @PACKED@
 """
 STAMP, AT = ".written_by_notebook", pathlib.Path.cwd() / "dpo_helpers"
-def hash_folder(folder):
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".json"))
-    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    return hashlib.sha256(repr(contents).encode()).hexdigest(), set(contents)
-shutil.rmtree(new := AT.with_name("dpo_helpers_writing"), ignore_errors=True)
-tarfile.open(fileobj=io.BytesIO(base64.b64decode(PACKED))).extractall(new, filter="data")
-ours, names = hash_folder(new)
-(new / STAMP).write_text(ours)
+def stamp(contents):
+    return hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()
+archive = tarfile.open(fileobj=io.BytesIO(base64.b64decode(PACKED)))
+ours = {member.name: archive.extractfile(member).read() for member in archive}
 sys.path[:] = sys.path if {"", str(AT.parent)} & set(sys.path) else ["", *sys.path]
 importlib.invalidate_caches()
 found = importlib.util.find_spec("dpo_helpers")
 at = pathlib.Path(found.origin).parent if found and found.origin else AT
-there, there_names = hash_folder(at)
+files = [path for path in at.rglob("*") if path.suffix in (".py", ".json")]
+there = {path.relative_to(at).as_posix(): path.read_bytes() for path in files}
 written = (at / STAMP).read_text().strip() if (at / STAMP).is_file() else None
 if there == ours:
     print(f"{at} はこのノートブックと同じ内容なので、そのまま使います。")
-elif at.exists() and (written is None or written != there and there_names >= names):
+elif at.exists() and (written is None or written != stamp(there) and set(there) >= set(ours)):
     print(f"⚠️ {at} は変更されています。あなたの変更を優先して、そのまま使います。")
 else:
     if at.exists():
-        at.rename(old := at.with_name(f"dpo_helpers_old_{there[:8]}_{len(list(at.parent.iterdir()))}"))
+        at.rename(old := at.with_name(f"dpo_helpers_old_{stamp(there)[:8]}_{len(list(at.parent.iterdir()))}"))
         print(f"{at} は古いか書きかけなので新しくします。前のものは {old.name} に残しました。")
+    shutil.rmtree(new := at.with_name("dpo_helpers_writing"), ignore_errors=True)
+    archive.extractall(new, filter="data")
+    (new / STAMP).write_text(stamp(ours))
     new.rename(at)
     for name in [name for name in sys.modules if name.split(".")[0] == "dpo_helpers"]:
         del sys.modules[name]

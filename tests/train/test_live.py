@@ -1,4 +1,4 @@
-"""The view of a training that runs: one display, seldom redrawn, and a training that nothing of it can stop."""
+"""The view of a training that runs: one display, seldom redrawn, and a training that it cannot stop."""
 
 import gc
 import math
