@@ -189,7 +189,7 @@ def train(
     try:
         # the first process makes or downloads the model
         with clock("setup"), PartialState().main_process_first():
-            tokenizer = load_tokenizer(config.model_name, config.seed, config.held_out_fraction)
+            tokenizer = load_tokenizer(config.model_name)
         with clock("data"), PartialState().main_process_first():
             rows = collect_rows(config, tokenizer, data, on_error, run.folder)
             train_rows, held_out_rows = split_rows(rows, config.held_out_fraction, config.seed)

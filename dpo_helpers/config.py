@@ -35,7 +35,7 @@ class RunConfig:
     """
 
     model_name: str = _knob(
-        "microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダー、または embedded", None
+        "microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダ、または embedded", None
     )
     quantization: str = _knob(
         "none",
@@ -43,14 +43,16 @@ class RunConfig:
         ("none", "4bit"),
     )
     num_samples: int = _knob(1000, "生成する行数（学習用と評価用の合計）", (30, 50_000))
-    held_out_fraction: float = _knob(0.2, "評価用に取り分ける概念の割合", (0.1, 0.5))
-    seed: int = _knob(42, "乱数の種", (0, 2**31 - 1))
+    held_out_fraction: float = _knob(
+        0.3, "評価用に取り分ける行の割合（自分のデータでは質問の割合）", (0.1, 0.5)
+    )
+    seed: int = _knob(42, "乱数シード", (0, 2**31 - 1))
     num_train_epochs: float = _knob(1.0, "DPO のエポック数", (0.01, 100.0))
     per_device_train_batch_size: int = _knob(
-        1, "一度に計算する組の数（trainer が fast なら、まとめられるだけ自動で増やす）", (1, 256)
+        1, "一度に計算するペアの数（trainer が fast なら、自動で増やす）", (1, 256)
     )
     gradient_accumulation_steps: int = _knob(
-        4, "何回分の勾配をためて更新するか（メモリーには影響しない）", (1, 1024)
+        4, "何回分の勾配をためて更新するか（メモリには影響しない）", (1, 1024)
     )
     learning_rate: float = _knob(5e-6, "DPO の学習率", (1e-9, 1.0))
     max_length: int = _knob(128, "質問と回答を合わせた長さの上限（トークン）", (16, 8192))

@@ -50,7 +50,7 @@ def smollm2_tokenizer():
 def embedded_folder():
     from dpo_helpers.model.embedded import make_embedded_model
 
-    return make_embedded_model(seed=42, held_out_fraction=0.2)
+    return make_embedded_model()
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,11 @@ from dpo_helpers.judge.baselines import (
 )
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import (
-    FIELDS,
-    REJECTION_KINDS,
-    generate_preferences,
-    load_topics,
-    split_rows,
-    strip_question,
-)
+from dpo_helpers.data.generate import REJECTION_KINDS, generate_preferences, split_rows
 from dpo_helpers.data.look import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.data.tokens import build_token_report, measure_rows
+from dpo_helpers.data.topics import FIELDS, load_topics
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge.scores import SIDES, score_rows, summarize_by, summarize_scores
 from dpo_helpers.keep.storage import load_run

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.prompt import strip_question
 
 KIND_NAMES = {
     "wrong_fact": "事実と違う",

@@ -2,7 +2,7 @@
 wrong with it.
 """
 
-from dpo_helpers.data.generate import make_prompt
+from dpo_helpers.data.prompt import make_prompt
 from dpo_helpers.data.row_sources import EXTRA_KEYS, KEYS, match_columns
 
 REASONS = {

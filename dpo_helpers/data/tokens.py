@@ -6,7 +6,7 @@ import math
 from importlib.metadata import version
 from typing import NamedTuple
 
-from dpo_helpers.data.generate import SIDES, make_prompt, strip_question
+from dpo_helpers.data.prompt import SIDES, make_prompt, strip_question
 from dpo_helpers.errors import UserError
 
 

@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.model.answer import evaluating, generate_response, use_role
 

@@ -5,8 +5,8 @@ tables.
 from typing import NamedTuple
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import strip_question
 from dpo_helpers.data.look import KIND_NAMES, UNSEEN_NAMES, group_by_unseen
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.judge.answers import check_answers, paired_difference, summarize_checks, write_answers
 from dpo_helpers.judge.rules import find_best_rule, measure_beside, measure_rules
 from dpo_helpers.judge.scores import check_before, compute_margin, score_rows, summarize_by, summarize_scores

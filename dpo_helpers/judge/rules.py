@@ -7,7 +7,7 @@ shown beside it: the latter is no trick of the rows but what the base knew befor
 import math
 from collections import Counter
 
-from dpo_helpers.data.generate import SIDES, strip_question
+from dpo_helpers.data.prompt import SIDES, strip_question
 from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.judge.answers import has_loop
 from dpo_helpers.judge.scores import score_role

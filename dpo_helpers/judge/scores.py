@@ -4,7 +4,7 @@ margin.
 
 import math
 
-from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.prompt import SIDES
 from dpo_helpers.data.tokens import encode_answers
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge.answers import share_interval

@@ -9,7 +9,7 @@ import random
 from datetime import datetime
 from pathlib import Path
 
-from dpo_helpers.data.generate import make_prompt
+from dpo_helpers.data.prompt import make_prompt
 from dpo_helpers.data.row_checks import BadRow, normalize_record
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge.answers import share_interval

@@ -329,7 +329,7 @@ def find_own_base(config: RunConfig) -> Path | None:
     from dpo_helpers.model.embedded import EMBEDDED, find_embedded_folder
 
     name = config.model_name
-    return find_embedded_folder(config.seed, config.held_out_fraction, name) if name in EMBEDDED else None
+    return find_embedded_folder(name) if name in EMBEDDED else None
 
 
 def _install_own_base(checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.data.tokens import encode_prompts
 from dpo_helpers.machine import halve_on_out_of_memory
 

@@ -35,11 +35,7 @@ def load_base_model(config: RunConfig, machine: Machine | None = None):
     from transformers import AutoModelForCausalLM
 
     name, quantization = config.model_name, make_quantization(config, machine)
-    folder = (
-        make_embedded_model(config.seed, config.held_out_fraction, name)
-        if name in EMBEDDED
-        else find_model(name)
-    )
+    folder = make_embedded_model(name) if name in EMBEDDED else find_model(name)
     tokenizer = load_tokenizer(str(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +65,7 @@ def load_base_model(config: RunConfig, machine: Machine | None = None):
     return freeze_quantized(model) if quantization else model, tokenizer
 
 
-def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
+def load_tokenizer(name: str):
     """Return the tokenizer, with a pad token, of a Hub name, a local folder or "embedded", without its
     model.
     """
@@ -77,7 +73,7 @@ def load_tokenizer(name: str, seed: int = 42, held_out_fraction: float = 0.2):
 
     folder = Path(name).expanduser()
     if name in EMBEDDED:
-        folder = make_embedded_model(seed, held_out_fraction, name)
+        folder = make_embedded_model(name)
     elif not folder.is_dir():
         folder = find_model(name)
     try:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import split_rows, strip_question
+from dpo_helpers.data.generate import split_rows
 from dpo_helpers.data.look import pick_rows
 from dpo_helpers.data.own_rows import collect_rows
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge.answers import check_answers, write_answers
 from dpo_helpers.judge.history import summarize_training

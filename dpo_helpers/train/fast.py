@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.activations import NewGELUActivation
 from trl import DPOTrainer
 
-from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.prompt import SIDES
 from dpo_helpers.judge.scores import score_encoded
 from dpo_helpers.machine import PACK_TOKENS
 from dpo_helpers.model.answer import use_role

@@ -5,7 +5,7 @@ through train_stage.
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.prompt import SIDES
 from dpo_helpers.data.tokens import format_row
 from dpo_helpers.errors import UserError
 from dpo_helpers.keep.run import Run

@@ -5,16 +5,10 @@ from collections import Counter
 
 import pytest
 
-from dpo_helpers.data.generate import (
-    FIELDS,
-    REJECTION_KINDS,
-    generate_preferences,
-    load_topics,
-    make_prompt,
-    split_rows,
-    strip_question,
-)
+from dpo_helpers.data.generate import REJECTION_KINDS, generate_preferences, split_rows
+from dpo_helpers.data.prompt import make_prompt, strip_question
 from dpo_helpers.data.tokens import encode_answers
+from dpo_helpers.data.topics import FIELDS, load_topics
 from dpo_helpers.errors import UserError
 
 

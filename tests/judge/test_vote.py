@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from dpo_helpers.data.generate import make_prompt
 from dpo_helpers.data.own_rows import load_preferences
+from dpo_helpers.data.prompt import make_prompt
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge import ask_vote
 from dpo_helpers.judge.ask_vote import ask_box, vote_box

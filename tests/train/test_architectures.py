@@ -184,7 +184,7 @@ def test_a_tokenizer_that_loses_the_text_is_refused(make_model):
     from dpo_helpers.model.embedded import _train_tokenizer
 
     folder = make_model("qwen2")
-    _train_tokenizer(["質問と回答の文です。"] * 3, 50).save_pretrained(folder)
+    _train_tokenizer(["質問と回答の文です。"] * 3, {"vocabulary": 50}).save_pretrained(folder)
     with pytest.raises(UserError, match="日本語を表せません"):
         load_tokenizer(str(folder))
 
