@@ -88,7 +88,7 @@ def test_the_settings_that_differ_are_told_with_their_meaning():
     assert describe_settings(RunConfig()) == "すべて既定の設定です。"
     assert describe_settings(RunConfig(seed=1, beta=0.5)).splitlines() == [
         "既定から変えた設定：",
-        "・seed: 42 → 1（乱数の種）",
+        "・seed: 42 → 1（乱数シード）",
         "・beta: 0.1 → 0.5（参照モデルから離れにくくする強さ（大きいほど離れない））",
     ]
 
