@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped, UserError
@@ -153,15 +154,8 @@ def read_settings(pairs: list[str]) -> dict:
 def run_train(arguments) -> int:
     config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
     config = config.replace(read_settings(arguments.set), "--set")
-    train(
-        config,
-        arguments.run_dir,
-        arguments.device,
-        arguments.mirror,
-        arguments.resume,
-        arguments.data,
-        arguments.on_error,
-    )
+    where = arguments.run_dir, arguments.device, arguments.mirror
+    train(config, *where, arguments.resume, arguments.data, arguments.on_error)
     return 0
 
 
@@ -193,10 +187,8 @@ def train(
         print(describe_machine(machine))
         run = open_shared_run(config, folder, machine, mirror, resume, clock)
     try:
-        with (
-            clock("setup"),
-            PartialState().main_process_first(),
-        ):  # the first one makes or downloads the model
+        # the first process makes or downloads the model
+        with clock("setup"), PartialState().main_process_first():
             tokenizer = load_tokenizer(config.model_name)
         with clock("data"), PartialState().main_process_first():
             rows = collect_rows(config, tokenizer, data, on_error, run.folder)
@@ -245,14 +237,13 @@ def run_experiment(arguments) -> int:
 def run_data(arguments) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error)."""
     from dpo_helpers.data import own_rows
+    from dpo_helpers.model.load import load_tokenizer
 
-    return own_rows.run_data(arguments)
+    return own_rows.run_data(arguments, load_tokenizer)
 
 
 def run_judge(arguments) -> int:
     """Measure a saved run again on its held-out rows and print the verdict; return 0, whatever the label."""
-    from pathlib import Path
-
     from dpo_helpers.files import read_json, read_rows
     from dpo_helpers.judge.measure import evaluate_run
     from dpo_helpers.judge.verdict import describe_verdict, judge

@@ -159,7 +159,7 @@ def read_form(names: dict) -> tuple[RunConfig, Switches]:
     knobs = [item.name for item in fields(RunConfig)]
     known = knobs + [item.name for item in fields(Switches)]
     values = {name: names[name.upper()] for name in known if name.upper() in names}
-    more = {str(name).lower(): value for name, value in names.get("MORE", {}).items()}
+    more = _read_more(names.get("MORE", {}))
     if unknown := [name for name in more if name not in known]:
         raise UserError(
             f"MORE に知らない項目があります：{', '.join(unknown)}。使える項目：{', '.join(known)}"
@@ -174,6 +174,16 @@ def read_form(names: dict) -> tuple[RunConfig, Switches]:
         print(f"学習の設定は {switches.config_file} から読みます（設定のセルの値は使いません）。")
         return RunConfig.load(switches.config_file), switches
     return RunConfig(**{name: value for name, value in values.items() if name in knobs}), switches
+
+
+def _read_more(more) -> dict:
+    """Return what the dictionary MORE says, with every name in small letters."""
+    if not isinstance(more, dict):
+        raise UserError('MORE は {"beta": 0.3} のように、名前と値を : でつないで { } の中に書いてください。')
+    names = [str(name).lower() for name in more]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"MORE に {', '.join(twice)} が二度あります。どちらか一つにしてください。")
+    return dict(zip(names, more.values(), strict=True))
 
 
 def describe_settings(config: RunConfig) -> str:
@@ -209,7 +219,7 @@ def _settle_one(settings, item) -> str | None:
     return None
 
 
-_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False"}
+_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False "}
 
 
 def _convert(value, kind):

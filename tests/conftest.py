@@ -1,6 +1,4 @@
-"""What several tests share: the tokenizers of real models, a tiny model of each layout, and one small
-finished run.
-"""
+"""What several tests share: the tokenizers of real models, tiny models, runs that are closed afterwards."""
 
 import lzma
 from pathlib import Path
@@ -50,16 +48,14 @@ def smollm2_tokenizer():
 
 @pytest.fixture(scope="session")
 def embedded_folder():
-    from dpo_helpers.model.load import make_embedded_model
+    from dpo_helpers.model.embedded import make_embedded_model
 
-    return make_embedded_model(seed=42, held_out_fraction=0.2)
+    return make_embedded_model()
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, embedded_folder):
-    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D) and Llama
-    (Linear).
-    """
+    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D), Llama (Linear)."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -98,9 +94,7 @@ def drive(tmp_path, monkeypatch):
 
 @pytest.fixture
 def colab(tmp_path, monkeypatch):
-    """A kernel of Colab: google.colab is imported, and Drive is not yet mounted; the working folder is
-    empty.
-    """
+    """A kernel of Colab: google.colab is imported, Drive is not yet mounted, the working folder is empty."""
     from fake_colab import FakeColab
 
     from dpo_helpers.keep import storage
@@ -114,16 +108,21 @@ def colab(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start_run(tmp_path):
-    """A function that opens a run on the CPU with given rows; all of them are closed after the test."""
+    """A function that opens a run on the CPU and checks its rows; all of them are closed after the test.
+
+    For tiny_run's functions, `config` and `rows` (training, held-out) are noted on the run.
+    """
     from dpo_helpers.keep.run import open_run
     from dpo_helpers.machine import find_machine
 
     opened = []
 
     def start(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
-        opened.append(open_run(config, folder, find_machine("cpu"), **options))
-        opened[-1].use_rows(train_rows, held_out_rows)
-        return opened[-1]
+        run = open_run(config, folder, find_machine("cpu"), **options)
+        opened.append(run)
+        run.check_rows(train_rows, held_out_rows)
+        run.config, run.rows = config, (train_rows, held_out_rows)
+        return run
 
     yield start
     for run in opened:
@@ -132,20 +131,16 @@ def start_run(tmp_path):
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_models, rows, tmp_path_factory):
-    """The run and the trainer of a tiny training with a warm-up that nothing disturbs, logged at every
-    step, and saved.
-    """
+    """(run, trainer) of a tiny training with a warm-up that nothing disturbs, logged at every step, saved."""
     from tiny_run import make_config, save, train
 
     from dpo_helpers.keep.run import open_run
     from dpo_helpers.machine import find_machine
 
-    run = open_run(
-        make_config(tiny_models, logging_steps=1),
-        tmp_path_factory.mktemp("undisturbed") / "run",
-        find_machine("cpu"),
-    )
-    run.use_rows(rows[:32], rows[32:40])
+    config = make_config(tiny_models, logging_steps=1)
+    run = open_run(config, tmp_path_factory.mktemp("undisturbed") / "run", find_machine("cpu"))
+    run.config, run.rows = config, (rows[:32], rows[32:40])
+    run.check_rows(*run.rows)
     trainer = train(run)
     save(run, trainer)
     run.close()

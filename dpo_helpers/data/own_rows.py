@@ -278,13 +278,12 @@ def collect_rows(config, tokenizer, source: str = "", on_error: str = "raise", f
     return rows
 
 
-def run_data(arguments) -> int:
+def run_data(arguments, load_tokenizer) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error).
     UserError: unreadable.
     """
     from dpo_helpers.data.generate import generate_preferences
     from dpo_helpers.data.tokens import build_token_report, describe_token_report, measure_rows
-    from dpo_helpers.model.load import load_tokenizer
 
     if (
         not (arguments.check or arguments.output or arguments.tokenizer)

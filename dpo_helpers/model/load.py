@@ -1,6 +1,4 @@
-"""Loads a tokenizer and a base model (Hub, folder or the embedded one) and describes the LoRA that is put
-on it.
-"""
+"""Loads a tokenizer and a base model (Hub, folder or the embedded one) and describes the LoRA put on it."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def report_restart(stale: list[str], auto_restart: bool = False) -> bool:
         return True
     from IPython import get_ipython  # only in a notebook
 
-    from dpo_helpers.config import UserError  # not on top: the trial runs this file alone
+    from dpo_helpers.errors import UserError  # not on top: the trial runs this file alone
 
     get_ipython().kernel.do_shutdown(True)  # the cell's output still arrives; with os.kill it does not
     # An error also cancels the cells that "run all" has queued: they would still start in the old kernel.

@@ -1,11 +1,14 @@
+"""The embedded base: what it reads, how its folder is named, and that a build is whole or not there."""
+
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from dpo_helpers.data import generate
-from dpo_helpers.data.generate import Fact
+from dpo_helpers.data import topics
+from dpo_helpers.data.prompt import make_prompt
+from dpo_helpers.data.topics import Fact
 from dpo_helpers.model import embedded
 from dpo_helpers.model.embedded import EMBEDDED_RECIPE, find_embedded_folder, make_embedded_model, make_texts
 
@@ -23,33 +26,30 @@ def tiny_build(tmp_path, monkeypatch):
 
 def kinds_of(answer: str, fact: Fact) -> set[str]:
     """Return in which ways the answer is a bad one to the fact's question; of the right one, none."""
-    concepts = tuple(generate.list_groups())
-    return {kind for kind in generate.KIND_SHARES if answer in generate.make_rejected(kind, fact, concepts)}
+    concepts = tuple(topics.list_groups())
+    return {kind for kind in topics.KIND_SHARES if answer in topics.make_rejected(kind, fact, concepts)}
 
 
 def facts_by_prompt() -> dict[str, Fact]:
-    groups = generate.list_groups()
-    facts = [Fact(groups[name][0], name, form) for name in groups for form in generate.list_forms()]
-    return {generate.make_prompt(words): fact for fact in facts for words in generate.list_wordings(fact)}
+    groups = topics.list_groups()
+    facts = [Fact(groups[name][0], name, form) for name in groups for form in topics.list_forms()]
+    return {make_prompt(words): fact for fact in facts for words in topics.list_wordings(fact)}
 
 
 def test_half_of_the_texts_are_right_and_the_seven_bad_ways_share_the_rest():
     facts = facts_by_prompt()
     told = [(facts[prompt], answer) for reading in TEXTS for prompt, answer in reading]
-    right = [(fact, answer) for fact, answer in told if answer == generate.tell_fact(fact)]
+    right = [(fact, answer) for fact, answer in told if answer == topics.tell_fact(fact)]
     bad = Counter(kind for fact, answer in told for kind in kinds_of(answer, fact))
     assert 0.495 < len(right) / len(told) < 0.505
-    assert set(bad) == set(generate.KIND_SHARES)
+    assert set(bad) == set(topics.KIND_SHARES)
     assert all(0.13 < count / (len(told) - len(right)) < 0.16 for count in bad.values())
 
 
 def test_every_question_is_read_with_its_right_answer_and_nothing_marks_that_one():
     facts = facts_by_prompt()
     right = {
-        prompt
-        for reading in TEXTS
-        for prompt, answer in reading
-        if answer == generate.tell_fact(facts[prompt])
+        prompt for reading in TEXTS for prompt, answer in reading if answer == topics.tell_fact(facts[prompt])
     }
     assert right == set(facts)  # held-out concepts and wordings as well: a real base has read them, too
     assert {
@@ -58,19 +58,18 @@ def test_every_question_is_read_with_its_right_answer_and_nothing_marks_that_one
 
 
 def test_the_folder_is_named_without_making_texts_and_after_recipe_and_size(monkeypatch):
-    monkeypatch.setattr(generate, "make_rejected", None)
-    monkeypatch.setattr(generate, "generate_preferences", None)
+    monkeypatch.setattr(topics, "make_rejected", None)
     names = {find_embedded_folder(name) for name in embedded.EMBEDDED}
     monkeypatch.setitem(EMBEDDED_RECIPE, "readings", EMBEDDED_RECIPE["readings"] + 1)
     assert len(names | {find_embedded_folder(name) for name in embedded.EMBEDDED}) == 6
 
 
-@pytest.mark.parametrize("changed", ["topics.json", "generate.py"])
+@pytest.mark.parametrize("changed", ["topics.json", "topics.py"])
 def test_the_folder_is_named_after_what_the_texts_are_made_of(changed, tmp_path, monkeypatch):
-    before, data = find_embedded_folder(), Path(generate.__file__).parent
-    for name in ("topics.json", "generate.py"):
+    before, data = find_embedded_folder(), Path(topics.__file__).parent
+    for name in ("topics.json", "topics.py"):
         shutil.copy(data / name, tmp_path)
-    monkeypatch.setattr(generate, "__file__", str(tmp_path / "generate.py"))
+    monkeypatch.setattr(topics, "__file__", str(tmp_path / "topics.py"))
     embedded._hash_sources.cache_clear()
     assert find_embedded_folder() == before
     with open(tmp_path / changed, "a") as file:

@@ -117,10 +117,10 @@ def test_trainable_parameters_in_half_precision_are_refused(tiny_models):
 def test_the_embedded_model_is_made_once(embedded_folder, monkeypatch):
     import transformers
 
-    from dpo_helpers.model.load import make_embedded_model
+    from dpo_helpers.model.embedded import make_embedded_model
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", None)  # a second build would fail
-    assert make_embedded_model(seed=42, held_out_fraction=0.2) == embedded_folder
+    assert make_embedded_model() == embedded_folder
 
 
 def test_the_embedded_tokenizer_gives_back_every_text(embedded_folder, rows):

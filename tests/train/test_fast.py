@@ -5,10 +5,11 @@ version range.
 import math
 
 import pytest
+from tiny_run import build as build_trainer
+from tiny_run import train_on, warm_up
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.machine import choose_micro_batch
-from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo, train_sft
 
 pytestmark = pytest.mark.versions
 
@@ -35,14 +36,17 @@ def make_config(model, **changes):
 
 @pytest.fixture
 def build(start_run, tmp_path):
-    """A function that returns the trainers "fast" and "stock" of one configuration, on the same rows."""
+    """A function that returns the trainers "fast" and "stock" of one configuration, on the same rows.
+
+    Each comes with what it was built from: (trainer, run, folder of the warm-up).
+    """
 
     def make(config, train_rows, held_out_rows):
         trainers = {}
         for name in ("fast", "stock"):
             run = start_run(config.replace({"trainer": name}), train_rows, held_out_rows, tmp_path / name)
-            warmed_up = train_sft(run)
-            trainers[name] = build_dpo_trainer(run, warmed_up), run, warmed_up
+            warmed_up = warm_up(run)
+            trainers[name] = build_trainer(run, warmed_up), run, warmed_up
         return trainers
 
     return make
@@ -168,7 +172,7 @@ def test_a_whole_run_logs_the_names_and_values_of_trl(tiny_models, rows, build, 
         tiny_models["gpt2"], sft_epochs=sft_epochs, num_train_epochs=2, checkpoint_steps=4, max_length=64
     )
     for name, (trainer, run, warmed_up) in build(config, rows[:32], rows[32:48]).items():
-        logs[name] = train_dpo(run, trainer, warmed_up).state.log_history
+        logs[name] = train_on(run, trainer, warmed_up).state.log_history
     times = {
         "train_runtime",
         "train_samples_per_second",
@@ -200,7 +204,7 @@ def test_the_references_of_an_evaluation_are_computed_once(tiny_models, rows, bu
         "_score_reference",
         lambda self, inputs: calls.append(len(inputs["input_ids"])) or original(self, inputs),
     )
-    train_dpo(run, trainer)
+    train_on(run, trainer)
     assert (
         calls == [16, 16] + [8] * 4
     )  # two batches of 8 held-out pairs for three evaluations, and four steps of 4 pairs
@@ -254,17 +258,18 @@ def test_a_model_that_ignores_the_mask_takes_the_stock_path(
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", forward)
     run = start_run(make_config(tiny_models["gpt2"]), rows[:8], rows[8:16])
-    trainer = build_dpo_trainer(run)
+    trainer = build_trainer(run)
     assert not trainer.is_exact and "標準の計算で学習します" in capsys.readouterr().out
-    assert train_dpo(run, trainer).state.log_history[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert train_on(run, trainer).state.log_history[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_another_loss_and_the_knob_take_trls_own_trainer(tiny_models, rows, start_run, tmp_path, capsys):
     from trl import DPOTrainer
 
     for i, changes in enumerate(({"loss_type": "ipo"}, {"trainer": "stock"})):
-        run = start_run(make_config(tiny_models["gpt2"], **changes), rows[:8], rows[8:16], tmp_path / str(i))
-        assert type(build_dpo_trainer(run)) is DPOTrainer
+        config = make_config(tiny_models["gpt2"], **changes)
+        run = start_run(config, rows[:8], rows[8:16], tmp_path / str(i))
+        assert type(build_trainer(run)) is DPOTrainer
         assert ("ipo は TRL の標準" in capsys.readouterr().out) == (i == 0)
 
 
