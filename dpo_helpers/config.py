@@ -58,9 +58,14 @@ class RunConfig:
     max_length: int = _knob(128, "質問と回答を合わせた長さの上限（トークン）", (16, 8192))
     beta: float = _knob(0.1, "参照モデルから離れにくくする強さ（大きいほど離れない）", (0.001, 10.0))
     loss_type: str = _knob("sigmoid", "DPO の損失の種類", LOSS_TYPES)
+    sft_weight: float = _knob(
+        1.0,
+        "loss_type に +sft があるとき、良い回答を書く練習の項の重み（大きいほど書く力を残す）",
+        (0.01, 100.0),
+    )
     trainer: str = _knob(
         "fast",
-        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid のとき）、stock は TRL のまま",
+        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid か sigmoid+sft）、stock は TRL のまま",
         TRAINERS,
     )
     lora_rank: int = _knob(16, "LoRA のランク r", (1, 1024))

@@ -186,6 +186,7 @@ def make_dpo_trainer(
             learning_rate=config.learning_rate,
             beta=config.beta,
             loss_type=config.loss_type.split("+"),  # TRL adds up the losses of a list
+            loss_weights=[1.0, config.sft_weight] if config.loss_type.endswith("+sft") else None,
             **LOSS_ARGUMENTS.get(config.loss_type, {}),
             **arguments,
         ),
