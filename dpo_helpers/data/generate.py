@@ -93,7 +93,7 @@ def divide_concepts(seed: int, held_out_fraction: float) -> tuple[tuple[str, ...
         free = _shuffle([name for name in names if name not in always], f"{seed}/concepts/{field}")
         count = max(2, round(len(names) * held_out_fraction * CONCEPT_SHARE))
         held.append(free[:count])
-        trained.append(_shuffle([*free[count:], *(always & set(names))], f"{seed}/trained/{field}"))
+        trained.append(_shuffle([*free[count:], *sorted(always & set(names))], f"{seed}/trained/{field}"))
     return tuple(_interleave(trained)), tuple(_interleave(held))
 
 
