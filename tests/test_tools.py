@@ -10,10 +10,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-RULES = (
-    "demo test test-colab test-environments test-browser lint notebooks bench soak real-run experiments "
-    "gpu-check clean"
-).split()
+RULES = [
+    "demo",
+    "test",
+    "test-colab",
+    "test-environments",
+    "test-browser",
+    "lint",
+    "notebooks",
+    "bench",
+    "soak",
+    "real-run",
+    "experiments",
+    "gpu-check",
+    "clean",
+]
 REBUILT = {"kill_notebook.py", "soak.py"}  # other work is still making them smaller
 
 
