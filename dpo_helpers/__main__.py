@@ -220,10 +220,9 @@ def train(
 def run_experiment(arguments) -> int:
     """Run a grid and print its table; return 0, or 1 if a run failed."""
     from dpo_helpers.machine import find_machine
-    from dpo_helpers.sweep.plan import load_grid, run_plan
-    from dpo_helpers.sweep.results import Results
+    from dpo_helpers.sweep.plan import Results, load_grid, run_plan
+    from dpo_helpers.sweep.report import summarize_outcomes
     from dpo_helpers.sweep.runs import Workshop
-    from dpo_helpers.sweep.tables import summarize_outcomes
     from dpo_helpers.tables import quiet_libraries
 
     plan, results = load_grid(arguments.grid), Results(arguments.results, arguments.mirror)

@@ -113,7 +113,8 @@ def make_plan(settings: dict | list[dict], common: dict | None = None, seeds=(42
 def load_grid(path) -> list[Experiment]:
     """Read {"settings": …, "common": {…}, "seeds": […]}; without `seeds`, 42, 43 and 44."""
     grid = read_json(path, "グリッドのファイル")
-    if not isinstance(grid, dict) or set(grid) - {"settings", "common", "seeds"}:
+    known = isinstance(grid, dict) and not set(grid) - {"settings", "common", "seeds"}
+    if not known or not isinstance(grid.get("seeds", []), list):
         raise UserError(
             f'{path} は {{"settings": ..., "common": {{...}}, "seeds": [...]}} の形で書いてください。'
         )
@@ -133,7 +134,7 @@ class Results:
         elif self.mirror and self.mirror.is_file():
             copy_file(self.mirror, self.path)  # a fresh machine starts from the copy
         records = read_rows(self.path, "実験の結果") if self.path.is_file() else []
-        if any(record.get("schema") != SCHEMA for record in records):
+        if any(not isinstance(record, dict) or record.get("schema") != SCHEMA for record in records):
             raise UserError(
                 f"{self.path} は別のバージョンの結果です。何も変えていません。"
                 "結果のファイルに別の名前を指定してください。"
