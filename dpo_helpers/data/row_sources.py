@@ -164,12 +164,11 @@ def find_encoding(content: bytes) -> str:
     candidates = ["cp932", "euc_jp", "euc_jis_2004"]
     if re.search(rb"\x1b\$[@B(]", content):
         candidates = ["iso2022_jp", "iso2022_jp_ext", "iso2022_jp_2004"]
-    elif content.count(0) > len(content) / 8:  # every comma and line end of UTF-16 holds one
+    elif 0 in content:  # every comma and line end of UTF-16 holds one, and else at most a broken cell
         candidates = ["utf-16-le", "utf-16-be"]
     elif _decodes(content, "utf-8-sig"):
         return "utf-8-sig"
-    plausible = [(rate_japanese(content, encoding), -i) for i, encoding in enumerate(candidates)]
-    best, index = max(plausible)
+    best, index = max((rate_japanese(content, name), -i) for i, name in enumerate(candidates))
     if best > 0.1:
         return candidates[-index]
     return "utf-8-sig" if _decodes(content, "utf-8-sig") else ""
@@ -191,8 +190,7 @@ def rate_japanese(content: bytes, encoding: str) -> float:
         letters = re.sub("[\x01-\x7f]", "", content.decode(encoding)[:100_000])
     except UnicodeError:
         return -1.0
-    wrong = 2 * len(NOT_JAPANESE.findall(letters))
-    return (len(JAPANESE.findall(letters)) - wrong) / max(1, len(letters))
+    return (len(JAPANESE.findall(letters)) - len(NOT_JAPANESE.findall(letters))) / max(1, len(letters))
 
 
 def _open_table(path: Path, text: str, delimiter: str, explicit: tuple, notes: list[str]) -> Source:
@@ -251,7 +249,7 @@ def _name_cells(header: list[str], cells: list) -> dict | str:
     if any(cell is not None for cell in cells[len(header) :]):
         return f"見出しの {len(header)} 列より多くの列があります"
     cells = [*cells, *[None] * (len(header) - len(cells))]
-    return {name: cell for name, cell in zip(header, cells, strict=True) if name}
+    return {name: cell for name, cell in zip(header, cells, strict=False) if name}
 
 
 def _open_book(path: Path, explicit: tuple, wanted: str) -> Source:
@@ -500,7 +498,7 @@ def _open_hub(name: str, configuration: str | None, split: str, explicit: tuple)
 
     try:
         try:
-            return _read_dataset(load_dataset(name, configuration, split=split), explicit)
+            return _read_dataset(load_dataset(name, *filter(None, [configuration]), split=split), explicit)
         except ValueError as error:
             if "split" not in str(error):
                 raise

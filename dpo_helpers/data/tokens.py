@@ -34,7 +34,7 @@ def format_row(row: dict, has_chat_template: bool) -> dict:
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Return the token ids of questions, in the tokenizer's chat template, or in the project's if it has none.
+    """Return the token ids of questions, in the tokenizer's chat template or in the project's.
 
     A question with 質問: in front gives the same ids as without.
     """
