@@ -354,5 +354,5 @@ def run_data(arguments) -> int:
     else:
         print(f"使える行：{len(rows):,}、誤りのある行：{len(problems):,}")
         for line in describe_token_report(report) if report else []:
-            print(f"{line['項目']}：{line['値']}（{line['見方']}）")
+            print(f"{line['項目']}：{line['値']}（{line['読み方']}）")
     return int(failed)

@@ -1,4 +1,4 @@
-"""Makes a row in our keys and template of one record of the user's data, or says in Japanese what is wrong."""
+"""Makes a row in our keys and template of one record of the user's data, or says why there is none."""
 
 import ast
 import json
@@ -112,8 +112,8 @@ def read_mapping(columns: dict | None) -> tuple[tuple[str, str], ...]:
             name, role = role, name
         if role not in ALIASES:
             raise UserError(
-                f"列の対応 {show_name(role)}={show_name(name)} が分かりません。列名=役割 の形で書いてください。"
-                f"役割は {'、'.join(ALIASES)} です。"
+                f"列の対応 {show_name(role)}={show_name(name)} が分かりません。"
+                f"列名=役割 の形で書いてください。役割は {'、'.join(ALIASES)} です。"
             )
         mapping.append((role, name))
     return tuple(mapping)
@@ -189,8 +189,8 @@ def explain_columns(names: tuple[str, ...], found: dict) -> str:
     terminal = " ".join(f"--column {name}={role}" for name, role in pairs)
     notebook = ", ".join(f'"{name}": "{role}"' for name, role in pairs)
     return (
-        text
-        + f"列の対応を書くと読めます。例：ターミナルでは {terminal}、ノートブックでは COLUMNS = {{{notebook}}}"
+        f"{text}列の対応を書くと読めます。"
+        f"例：ターミナルでは {terminal}、ノートブックでは COLUMNS = {{{notebook}}}"
     )
 
 

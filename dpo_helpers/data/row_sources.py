@@ -22,7 +22,7 @@ LARGEST_GROWTH, ALWAYS_ALLOWED_BYTES = 100, 20 * 2**20
 LARGEST_SHEET_CELLS, LARGEST_JSON_DEPTH, HEADER_SEARCH_ROWS = 20_000_000, 100, 20
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 BOOK_SUFFIXES = (".xlsx", ".xlsm")
-SUFFIXES = (*TEXT_SUFFIXES, *BOOK_SUFFIXES, ".parquet", ".arrow")
+SUFFIXES = (*TEXT_SUFFIXES, *BOOK_SUFFIXES, ".parquet")
 NOT_ROWS = (
     (
         rb"\s*<(!doctype|html|\?xml)",
@@ -36,6 +36,10 @@ NOT_ROWS = (
     (rb"\xd0\xcf\x11\xe0", "古い形式の Excel（.xls）です。Excel で開き、.xlsx で保存し直してください。"),
     (rb"\x1f\x8b", "gzip で圧縮されています。名前の終わりを .jsonl.gz などにしてください。"),
     (rb"PAR1", "Parquet のファイルです。拡張子を .parquet にしてください。"),
+    (
+        rb"ARROW1|\xff{4}",
+        "Arrow のファイルです。それを含む、保存したデータセットのフォルダを指定してください。",
+    ),
     (rb"%PDF", "PDF です。CSV か Excel で保存し直してください。"),
 )
 NOT_JAPANESE = re.compile("[\x00\x80-\x9f\ue000-\uf8ff\ufffd｡-ﾟ縺繧繝]")
@@ -100,8 +104,6 @@ def _open_file(path: Path, explicit: tuple, sheet: str) -> Source:
             return _open_book(path, explicit, sheet)
         if suffix == ".parquet":
             return _open_parquet(path, explicit)
-        if suffix == ".arrow":
-            return _open_arrow(path, explicit)
         text, notes = _read_text(path, name.endswith(".gz"))
         if suffix in (".csv", ".tsv"):
             return _open_table(path, text, "\t" if suffix == ".tsv" else "", explicit, notes)
@@ -483,16 +485,6 @@ def _open_folder(folder: Path, split: str, explicit: tuple) -> Source:
         raise _unreadable(folder, error) from error
 
 
-def _open_arrow(path: Path, explicit: tuple) -> Source:
-    import pyarrow
-    from datasets import Dataset
-
-    try:
-        return _read_dataset(Dataset.from_file(str(path)), explicit)
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise _unreadable(path, error) from error
-
-
 def _open_hub(name: str, configuration: str | None, split: str, explicit: tuple) -> Source:
     from datasets import get_dataset_split_names, load_dataset
 
@@ -517,6 +509,7 @@ def _open_hub(name: str, configuration: str | None, split: str, explicit: tuple)
 
 
 def _read_dataset(data, explicit: tuple) -> Source:
+    data.data.validate(full=True)  # a damaged file would end the process, not raise
     names = data.column_names
     useful = _useful_columns(names, explicit)
     rows = data.select_columns(useful)
