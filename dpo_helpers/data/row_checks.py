@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import unicodedata
+import warnings
 from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
@@ -70,7 +71,7 @@ TEMPLATE_NOTE = "テンプレートの記号（<|…|>、### …:、Human: な�
 # NUL, half a surrogate pair, a lost letter, and UTF-8 that was read as CP932 or as Latin-1
 BROKEN = re.compile("[\0\ud800-\udfff\ufffd]|[縺繧繝].{0,4}[縺繧繝]|ã[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹Œ].?ã")
 MESSAGES_AS_TEXT = re.compile(
-    r"\s*(?:array\()?[\[{]\s*[\[{]?\s*['\"](?:role|from|content|value|messages)['\"]\s*:"
+    r"\s*+(?:array\()?[\[{]\s*+[\[{]?\s*+['\"](?:role|from|content|value|messages)['\"]\s*:"
 )
 ANSWER_NAME = re.compile("answer|response|completion|output|conversation|text|回答|応答|返答|案")
 CHOICE_NAME = re.compile(
@@ -129,8 +130,9 @@ def match_columns(names: tuple[str, ...], explicit: tuple[tuple[str, str], ...] 
     found = {role: name for role, name in explicit if name in names}
     troubles = [f"{show_name(name)} の列がありません。" for _, name in explicit if name not in names]
     free = [name for name in names if name not in found.values()]
+    folded = {name: fold_name(name) for name in free}
     for role in [role for role in ALIASES if role not in dict(explicit) and role != "group"]:
-        hits = [name for name in free if fold_name(name) in ALIASES[role]]
+        hits = [name for name in free if folded[name] in ALIASES[role]]
         hits = [name for name in hits if name == role] or hits
         if len(hits) > 1 and role in KEYS:
             shown = "、".join(map(show_name, hits))
@@ -261,7 +263,7 @@ def _pick_answer(record: dict, found: dict, changes: Counter) -> dict:
     first, second, marks = _find_pair(tuple(record), "prompt" in found)
     sides, unclear = set(), ""
     for name, value in record.items():
-        if name in found.values() or not isinstance(value, str | int):
+        if name in found.values() or not isinstance(value, str | int) or len(str(value)) > 100:
             continue
         is_named = bool(CHOICE_NAME.search(fold_name(name)))
         side = _read_side(fold_name(value), (fold_name(first), fold_name(second)), marks, is_named)
@@ -312,10 +314,12 @@ def _read_list(value):
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
         return value
     # pandas writes an array of messages without commas between them
-    python = re.sub(r"\}\s*\n\s*\{", "}, {", re.sub(r"^\s*array\(|,\s*dtype=object\)\s*$", "", value))
+    python = re.sub(r"^\s*array\(|,\s*dtype=object\)\s*$", "", value)
+    python = re.sub(r"\}\s++\{", lambda found: "}, {" if "\n" in found[0] else found[0], python)
     for read, text in ((json.loads, value), (ast.literal_eval, python)):
         try:
-            return read(text)
+            with warnings.catch_warnings(action="ignore"):  # of escapes in what may be no Python at all
+                return read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue  # the other notation, or a text that only begins like a list
     return value

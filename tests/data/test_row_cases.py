@@ -368,9 +368,34 @@ def test_rows_are_found_in_a_json_document(document, said, name, tmp_path):
     assert checked.rows == BOTH and said in "".join(checked.notes)
 
 
-def test_one_conversation_alone_is_a_row_and_no_table_of_columns(tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps({"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}))
-    assert load_preferences(tmp_path / "rows.json") == [PLAIN]
+@pytest.mark.parametrize(
+    "name", ["messages without a prompt", "ShareGPT with single messages", "transcripts"]
+)
+def test_one_record_alone_is_a_row_and_no_table_of_columns(name, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(SHAPES[name][0]), encoding="utf-8")
+    assert load_preferences(tmp_path / "rows.json")[0]["chosen"] == YES
+
+
+HOSTILE = {
+    "spaces where a list may begin": "[" + " " * 99_990,
+    "line ends between braces": "[{'role':" + "}" + "\n" * 99_980,
+    "many beginnings of a speaker's mark": "Human \n" * 14_000,
+    "nested brackets": "[{'role': " + "[" * 5_000,
+    "minus signs": "[{'role': " + "-" * 90_000 + "1}]",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_text_costs_no_time(text, tmp_path):
+    import time
+
+    records = [{"prompt": Q, "chosen": text, "rejected": NO}, {"chosen": text, "rejected": text + "b"}]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
+    start = time.perf_counter()
+    checked = check_rows(tmp_path / "rows.jsonl")
+    assert len(checked.rows) + len(checked.problems) == 2 and time.perf_counter() - start < 2
 
 
 def test_objects_over_several_lines_are_read_with_the_line_of_each(tmp_path):
