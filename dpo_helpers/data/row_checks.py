@@ -41,7 +41,8 @@ ALIASES = {
     "input": "入力",
     "history": "chat_history 履歴",
     "conversations": "conversation messages dialogue dialog context 会話",
-    "outputs": "output responses completions answers candidates generations ranked_responses 回答",
+    "outputs": "output response responses completion completions answer answers candidates generations "
+    "ranked_responses 回答",
     "scores": "score ratings rating ranks rank ranking",
     "group": "",  # rows of one group stay on one side of the split; only a column that the user names is one
 }
@@ -75,10 +76,11 @@ MESSAGES_AS_TEXT = re.compile(
 )
 ANSWER_NAME = re.compile("answer|response|completion|output|conversation|text|回答|応答|返答|案")
 CHOICE_NAME = re.compile(
-    "choice|chosen|prefer|winner|better|best|select|label|vote|pick|^pw$|どちら|選|良い|好|評価|判定|勝"
+    "choice|chosen|prefer|winner|better|best|select|label|vote|pick|thumb|feedback|correct|^pw$|"
+    "どちら|選|良い|好|評価|判定|勝"
 )
 CHOICE = re.compile(
-    "(?:model|option|answer|response|回答|応答|選択肢|案)?[_:]*(a|b|0|1|2|left|right|左|右)(?:_?の?方.*)?"
+    "(?:model|option|answer|response|回答|応答|選択肢|案)?[_:]*(a|b|0|1|2|left|right|左|右)(?:_?[のがを方はほ番つ].*)?"
 )
 SIDE_MARKS = (("a", "b"), ("1", "2"), ("0", "1"))
 
@@ -144,8 +146,9 @@ def match_columns(names: tuple[str, ...], explicit: tuple[tuple[str, str], ...] 
     has_sides = {"chosen", "rejected"} <= found.keys()
     for role in ("conversations", *(("outputs", "scores") if has_sides else ())):
         found.pop(role, None)  # it repeats what stands in chosen and rejected
-    if not has_sides and "outputs" not in found and (pair := _find_pair(names, "prompt" in found)):
+    if not has_sides and (pair := _find_pair(names, "prompt" in found)):
         found |= {"first": pair[0], "second": pair[1]}
+        found.pop("outputs", None)
     if set(OWN_KEYS) <= set(names):
         found |= {key: key for key in OWN_KEYS}
     if troubles or not (has_sides or "outputs" in found or "first" in found):
@@ -261,30 +264,32 @@ def open_task(record: dict) -> dict:
 def _pick_answer(record: dict, found: dict, changes: Counter) -> dict:
     """Return chosen and rejected of a record with two answers and a choice."""
     first, second, marks = _find_pair(tuple(record), "prompt" in found)
-    sides, unclear = set(), ""
+    sides, unclear = set(), None
     for name, value in record.items():
         if name in found.values() or not isinstance(value, str | int) or len(str(value)) > 100:
             continue
         is_named = bool(CHOICE_NAME.search(fold_name(name)))
-        side = _read_side(fold_name(value), (fold_name(first), fold_name(second)), marks, is_named)
+        names = [(fold_name(first), fold_name(second)), (fold_name(record[first]), fold_name(record[second]))]
+        side = _read_side(fold_name(value), [*names, marks, ("left", "right"), ("左", "右")], is_named)
         sides |= set() if side is None else {side}
-        unclear = str(value) if is_named and side is None else unclear
-    if not sides and not unclear:
+        unclear = value if is_named and side is None else unclear
+    if not sides and unclear is None:
         raise BadRow("missing", explain_columns(tuple(record), found))
     if len(sides) != 1:
-        raise BadRow("no_choice", f"どちらの回答が良いかが決まりません（{show_name(unclear or '食い違い')}）")
+        raise BadRow("no_choice", f"どちらの回答が良いかが決まりません（{show_name(unclear) or '空'}）")
     changes[f"{show_name(first)} と {show_name(second)} を、選ばれたほうを chosen として読みました。"] += 1
     better, worse = (first, second) if sides == {0} else (second, first)
     return {"chosen": record[better], "rejected": record[worse]}
 
 
-def _read_side(value: str, names: tuple[str, str], marks: tuple[str, str], is_named: bool) -> int | None:
+def _read_side(value: str, pairs: list[tuple[str, str]], is_named: bool) -> int | None:
     """Return 0 for the first answer, 1 for the second; a digit counts only in a column named as a choice."""
     match = CHOICE.fullmatch(value)
     mark = match[1] if match else value
-    for left, right in (names, marks, ("left", "right"), ("左", "右")):
-        if mark in (left, right) and (is_named or not mark.isdigit()):
-            return int(mark == right)
+    for left, right in pairs:
+        for text in (value, mark):
+            if text in (left, right) and (is_named or not text.isdigit()):
+                return int(text == right)
     return None
 
 
@@ -446,10 +451,13 @@ def check_text(key: str, text: str) -> None:
 def _read_context(values: dict, changes: Counter) -> list[tuple[str, str]]:
     """Return what other columns put before the prompt (system, history), and join `input` to it."""
     context, prompt, more = [], values.get("prompt"), values.get("input")
-    if isinstance(prompt, str) and isinstance(more, str) and more.strip():
+    for key in ("system", "input"):
+        if not isinstance(values.get(key) or "", str):
+            raise BadRow("not_text", f"{key} が文字列ではありません（{type(values[key]).__name__}）")
+    if isinstance(prompt, str) and more and more.strip():
         values["prompt"] = f"{prompt}\n{more}"
         changes["input の文を prompt の後につなげました。"] += 1
-    if isinstance(system := values.get("system"), str) and system.strip():
+    if (system := values.get("system")) and system.strip():
         check_text("system", system)
         context.append(("system", system))
         changes["system の文を prompt の先頭に入れました。"] += 1

@@ -224,6 +224,9 @@ def _read_table(path: Path, lines: list, explicit: tuple, notes: list[str]) -> S
         return Source("行目", [], notes)
     place = next((i for i, line in enumerate(lines[:HEADER_SEARCH_ROWS]) if _is_header(line[1], explicit)), 0)
     number, header = lines[place][0], tuple("" if cell is None else str(cell) for cell in lines[place][1])
+    if "" in header:  # what stands under no heading is named by its place, to be told with the unused columns
+        full = {i for _, cells in lines[place + 1 :] for i, cell in enumerate(cells) if cell is not None}
+        header = tuple(name or (f"{i + 1}列目" if i in full else "") for i, name in enumerate(header))
     used = match_columns(header, explicit)[0].values()
     if double := [show_name(name) for name, count in Counter(header).items() if count > 1 and name in used]:
         raise UserError(f"{path} の見出し {'、'.join(double)} が二つ以上あります。列の名前を変えてください。")
@@ -296,6 +299,8 @@ def _read_sheet(path: Path, sheet, archive: zipfile.ZipFile, explicit: tuple) ->
             )
         if any(cell is not None for cell in cells):
             lines[number] = [_read_cell(cell) for cell in cells]
+    for cells in lines.values():  # a note beside the table has no heading, and is no error
+        cells.extend([None] * (widest - len(cells)))
     xml = archive.read(
         sheet._worksheet_path.lstrip("/")
     )  # the reader for large files drops the merged ranges
@@ -314,7 +319,6 @@ def _fill_merged(lines: dict[int, list], ranges: list[tuple[bytes, ...]]) -> int
         head = lines.get(rows[0], []) if first == last and (column, rows[0]) not in filled else []
         for number in rows[1 : max(lines, default=0)] if column < len(head) else ():
             if cells := lines.get(number):
-                cells.extend([None] * (column + 1 - len(cells)))
                 cells[column] = head[column]
                 filled.add((column, number))
     return len(filled)
@@ -397,13 +401,19 @@ def _find_rows(document) -> tuple[list, list[str]]:
         return [dict(zip(document["columns"], row, strict=False)) for row in document["data"]], BY_COLUMNS
     if all(isinstance(column, dict) and column and all(map(str.isdigit, column)) for column in columns):
         columns = [list(column.values()) for column in columns]  # as pandas writes it
-    if all(_is_list_of(column, str) and len(column) == len(columns[0]) for column in columns):
+    is_table = all(
+        isinstance(c, list) and len(c) == len(columns[0]) and not _is_list_of(c, dict) for c in columns
+    )
+    if is_table and columns:
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], BY_COLUMNS
     lists = [name for name in names if _is_list_of(document[name], dict)]
     if lists and match_columns(tuple(names))[1]:
         name = next((name for name in ("rows", "data", "train") if name in lists), lists[0])
         rows = [row["row"] if isinstance(row.get("row"), dict) else row for row in document[name]]
-        return rows, [f"{show_name(name)} の中の行を読みました。"]
+        others = "、".join(show_name(other) for other in lists if other != name)
+        return rows, [
+            f"{show_name(name)} の中の行を読みました。" + (f"読まないもの：{others}" if others else "")
+        ]
     return [document], []
 
 
@@ -442,7 +452,8 @@ def _open_folder(folder: Path, split: str, explicit: tuple) -> Source:
     from datasets import DatasetDict, load_from_disk
 
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        files = sorted(show_name(file.name) for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = [file for file in (*folder.glob("*"), *folder.glob("*/*")) if file.suffix.lower() in SUFFIXES]
+        files = sorted(show_name(file.relative_to(folder)) for file in files)
         inside = f"中のファイル（{'、'.join(files[:10])}）のどれか" if files else "データのファイル"
         what = f"{folder} はフォルダで、save_to_disk で保存したデータセットでもありません"
         raise UserError(f"{what}。{inside}を指定してください。")

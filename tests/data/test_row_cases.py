@@ -143,6 +143,18 @@ SHAPES = {
         None,
         "answer1 と answer2",
     ),
+    "a choice that repeats the answer": ({"質問": Q, "A": NO, "B": YES, "選択": YES}, None, "A と B"),
+    "a choice in words": (
+        {"質問": Q, "回答１": YES, "回答２": NO, "評価": "1のほうが良い"},
+        None,
+        "回答１ と 回答２",
+    ),
+    "a choice beside a third answer": (
+        {"prompt": Q, "answer": "10月", "answer_a": YES, "answer_b": NO, "winner": "A"},
+        None,
+        "answer_a と answer_b",
+    ),
+    "output as text": ({"prompt": Q, "output": json.dumps([YES, NO])}, None, "output のリスト"),
     "responses counted from 0": (
         {"prompt": Q, "response_0": NO, "response_1": YES, "better_response_id": 1},
         None,
@@ -270,6 +282,21 @@ NO_PAIRS = {
         "no_choice",
         ["どちらの回答が良いか", "同じ"],
     ),
+    "a task without an answer": (
+        {"data": {"prompt": Q, "answer1": NO, "answer2": YES}, "annotations": []},
+        "no_choice",
+        ["決まりません（空）"],
+    ),
+    "one answer alone": (
+        {"prompt": Q, "response": YES},
+        "missing",
+        ["chosen、rejected の列がありません", "response"],
+    ),
+    "a system that is no text": (
+        {"system": [1], "prompt": Q, "chosen": YES, "rejected": NO},
+        "not_text",
+        ["system が文字列ではありません（list）"],
+    ),
     "annotators who disagree": (
         {
             "data": {"prompt": Q, "answer1": NO, "answer2": YES},
@@ -353,6 +380,8 @@ DOCUMENTS = {
     ),
     "columns of pandas": ({key: {"0": ROW[key], "1": OTHER[key]} for key in ROW}, "列ごと"),
     "columns as lists": ({key: [ROW[key], OTHER[key]] for key in ROW}, "列ごと"),
+    "columns with numbers": ({**{key: [ROW[key], OTHER[key]] for key in ROW}, "score": [1, 2]}, "列ごと"),
+    "two splits": ({"test": [ROW], "train": [ROW, OTHER]}, "読まないもの：test"),
     "columns and data": (
         {"columns": list(ROW), "data": [list(ROW.values()), list(OTHER.values())]},
         "列ごと",
@@ -514,6 +543,12 @@ def test_numbers_dates_and_truth_are_text_and_counted(tmp_path):
         ("2025-04-01", "True"),
     ]
     assert checked.notes == ["数値や日付のセルを文字として読みました。（2 行）"]
+
+
+def test_a_note_beside_the_table_is_told_and_no_error(tmp_path):
+    lines = [HEADER, [Q, YES, NO], ["みかんは？", YES, NO, None, "要確認"]]
+    checked = check_rows(write_book(tmp_path / "rows.xlsx", {"一": lines}))
+    assert checked.rows == BOTH and checked.notes == ["使わない列：5列目"]
 
 
 def test_merged_cells_hold_their_value_in_every_row(tmp_path):
