@@ -434,9 +434,13 @@ def _open_parquet(path: Path, explicit: tuple) -> Source:
         names = tuple(file.schema_arrow.names)
         # few rows at once: a file of 1 kB can hold one text of 10 MB a thousand times
         for batch in file.iter_batches(batch_size=16, columns=_find_useful(names, explicit)):
-            size += batch.nbytes
+            rows = (
+                batch.to_pylist()
+            )  # a column of a dictionary's numbers is small, and what it stands for is not
+            texts = sum(len(value) for row in rows for value in row.values() if isinstance(value, str))
+            size += max(batch.nbytes, texts)
             _check_growth(path, size)
-            records += batch.to_pylist()
+            records += rows
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from error
     return Source("件目", list(enumerate(records, 1)), [], names)

@@ -445,6 +445,33 @@ def test_packed_lines_are_read_and_a_bomb_is_not(tmp_path):
         check_rows(tmp_path / "bomb.csv.gz")
 
 
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_a_small_parquet_file_of_one_huge_text_is_refused(is_dictionary, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.DictionaryArray.from_arrays([0] * 100, ["a" * 300_000])
+    columns = {
+        "prompt": ["a"] * 100,
+        "chosen": texts if is_dictionary else texts.cast("string"),
+        "rejected": ["b"] * 100,
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    with pytest.raises(UserError, match="MiB を超えます"):
+        check_rows(tmp_path / "bomb.parquet")
+
+
+def test_a_spreadsheet_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path):
+    import zipfile
+
+    write_book(tmp_path / "bomb.xlsx", {"一": [HEADER, [Q, YES, NO]]})
+    with zipfile.ZipFile(tmp_path / "bomb.xlsx", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/more.xml", b" " * 30_000_000)
+    with pytest.raises(UserError, match="MiB を超えます"):
+        check_rows(tmp_path / "bomb.xlsx")
+
+
 NOT_ROWS = {
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "page.csv": (b"\n<!DOCTYPE html>\n<html></html>", "Web ページ"),
