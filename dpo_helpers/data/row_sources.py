@@ -165,10 +165,9 @@ def find_encoding(content: bytes) -> str:
         candidates = ["utf-16-le", "utf-16-be"]
     elif _decodes(content, "utf-8-sig"):
         return "utf-8-sig"
-    best = max(candidates, key=lambda name: _rate_japanese(content, name))
-    if _rate_japanese(content, best) > 0.1:
-        return best
-    return "utf-8-sig" if _decodes(content, "utf-8-sig") else ""
+    rates = {name: _rate_japanese(content[:200_000], name) for name in candidates}
+    plausible = sorted((name for name in candidates if rates[name] > 0.1), key=rates.get, reverse=True)
+    return next((name for name in (*plausible, "utf-8-sig") if _decodes(content, name)), "")
 
 
 def _decodes(content: bytes, encoding: str) -> bool:
@@ -180,10 +179,7 @@ def _decodes(content: bytes, encoding: str) -> bool:
 
 def _rate_japanese(content: bytes, encoding: str) -> float:
     """Return the share of kana among the letters beyond ASCII, less what mojibake is full of."""
-    try:
-        letters = re.sub("[\x01-\x7f]", "", content.decode(encoding)[:100_000])
-    except UnicodeError:
-        return -1.0
+    letters = re.sub("[\x01-\x7f]", "", content.decode(encoding, "replace"))
     return (len(JAPANESE.findall(letters)) - len(NOT_JAPANESE.findall(letters))) / max(1, len(letters))
 
 

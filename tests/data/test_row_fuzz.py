@@ -186,7 +186,7 @@ def test_any_file_gives_rows_or_our_own_messages_and_no_row_is_lost(tmp_path):
         if draw.random() < 0.5:
             path.write_bytes(damage(draw, path.read_bytes()))
             is_whole = False
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             checked = check_rows(source)
         except UserError as error:
@@ -195,7 +195,7 @@ def test_any_file_gives_rows_or_our_own_messages_and_no_row_is_lost(tmp_path):
             refused += 1
             continue
         finally:
-            assert time.perf_counter() - start < 10, seed
+            assert time.process_time() - start < 10, seed
         kept += len(checked.rows)
         told = describe_problems(checked, path.name) + "".join(checked.notes)
         assert "\x1b" not in told.encode().decode()
