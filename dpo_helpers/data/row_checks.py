@@ -9,13 +9,18 @@ from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 
-from dpo_helpers.data.generate import REJECTION_KINDS
 from dpo_helpers.data.prompt import make_prompt, strip_question
-from dpo_helpers.data.topics import load_topics
+from dpo_helpers.data.topics import KIND_SHARES, list_groups
 from dpo_helpers.errors import UserError
 
 KEYS = ("prompt", "chosen", "rejected")
-OWN_KEYS = ("field", "concept", "question_form", "rejection_kind")  # of the rows that generate.py makes
+OWN_KEYS = (
+    "field",
+    "concept",
+    "question_form",
+    "rejection_kind",
+    "unseen",
+)  # of the rows that generate.py makes
 REASONS = {
     "missing": "列が足りない",
     "unreadable": "読み取れない",
@@ -246,10 +251,11 @@ def _find_own_values(values: dict) -> dict:
     """Return our own columns where they hold what generate.py writes; a user's columns of those names steer
     nothing.
     """
-    if values.get("rejection_kind") not in REJECTION_KINDS or not isinstance(values.get("field"), str):
+    if values.get("rejection_kind") not in KIND_SHARES or not isinstance(values.get("field"), str):
         return {}
-    known = values.get("concept") in load_topics()["facts"].get(values["field"], ())
-    return {key: values[key] for key in OWN_KEYS} if known else {}
+    known = list_groups().get(values.get("concept"), ("",))[0] == values["field"]
+    known = known and values.get("unseen") in (None, "", "new_concept", "new_wording")
+    return {key: values.get(key) or "" for key in OWN_KEYS} if known else {}
 
 
 def open_task(record: dict) -> dict:
