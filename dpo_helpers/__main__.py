@@ -12,7 +12,7 @@ from dpo_helpers.data import own_rows as own_data
 from dpo_helpers.judge import measure as judge
 from dpo_helpers.judge import verdict
 from dpo_helpers.keep import share as sharing
-from dpo_helpers.setup import quick_fix
+from dpo_helpers.setup.doctor import run_doctor
 from dpo_helpers.sweep import plan as experiments
 
 
@@ -83,7 +83,7 @@ OTHER_JOBS = {
     "experiment": experiments.run_experiment,
     "data": own_data.run_data,
     "judge": judge.run_judge,
-    "doctor": quick_fix.run_doctor,
+    "doctor": lambda arguments: run_doctor(arguments.fix, arguments.json, arguments.metadata_only),
     "merge": sharing.run_merge,
     "share": sharing.run_share,
 }
@@ -136,7 +136,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     own_data.add_data_arguments(jobs.add_parser("data", help="学習データを生成する、自分のデータを検査する"))
     judge.add_judge_arguments(jobs.add_parser("judge", help="保存した学習の結果を判定する"))
-    quick_fix.add_doctor_arguments(jobs.add_parser("doctor", help="環境を診断し、--fix で修復する"))
+    job = jobs.add_parser("doctor", help="環境を診断し、--fix で修復する")
+    job.add_argument("--fix", action="store_true", help="見つけた故障を直します（なければ診断だけ）")
+    job.add_argument("--json", action="store_true", help="結果を JSON で標準出力に書きます")
+    job.add_argument(
+        "--metadata-only", action="store_true", help="試し学習を省き、パッケージの情報だけで判断します"
+    )
     sharing.add_merge_arguments(jobs.add_parser("merge", help="学習したアダプターをベースモデルと一つにする"))
     sharing.add_share_arguments(
         jobs.add_parser(
