@@ -178,25 +178,30 @@ def repair_environment(found: Diagnosis, plan: pip.Plan, metadata_only: bool) ->
 
 def quick_fix(repair: bool = False, auto_restart: bool = False, metadata_only: bool = False) -> Diagnosis:
     """The notebook's cell: diagnose, announce the repair, and with `repair` carry it out."""
-    found = diagnose(metadata_only)
-    print_diagnosis(found)
-    if found.torch_replaced or not (found.conflicts or found.incomplete or found.leftovers):
-        print("QUICK_FIX は何も変更しませんでした。" if repair else "", end="\n" if repair else "")
-    else:
-        before = pip.find_packages()
-        plan, words = plan_repair(found, before)
-        announced = {name: package.version for name, package in plan.items()}
-        if words:
-            print(f"直せないものがあります（元のままにします）。{FRESH_RUNTIME}\npip の言葉: {words}")
-        if repair and (plan or found.leftovers):
-            found = repair_environment(found, plan, metadata_only)
-        elif plan or found.leftovers:
-            print(f"直し方:\n{pip.describe(plan, before) or '  pip の残りを片付けます'}")
-            print("QUICK_FIX = True で（端末では doctor --fix で）もう一度実行すると、このとおりに直します。")
-        found = replace(found, plan=announced)
+    before = pip.find_packages()
+    with pip.stoppable(before):
+        found = diagnose(metadata_only)
+        print_diagnosis(found)
+        if (found.conflicts or found.incomplete or found.leftovers) and not found.torch_replaced:
+            found = treat(found, before, repair, metadata_only)
+        elif repair:
+            print("QUICK_FIX は何も変更しませんでした。")
     if found.stale or found.exit_code != 1:
         pip.report_restart(found.stale, auto_restart)
     return found
+
+
+def treat(found: Diagnosis, before: pip.Packages, repair: bool, metadata_only: bool) -> Diagnosis:
+    """Say what would move and, with `repair`, move just that."""
+    plan, words = plan_repair(found, before)
+    if words:
+        print(f"直せないものがあります（元のままにします）。{FRESH_RUNTIME}\npip の言葉: {words}")
+    if repair and (plan or found.leftovers):
+        found = repair_environment(found, plan, metadata_only)
+    elif plan or found.leftovers:
+        print(f"直し方:\n{pip.describe(plan, before) or '  pip の残りを片付けます'}")
+        print("QUICK_FIX = True で（端末では doctor --fix で）もう一度実行すると、このとおりに直します。")
+    return replace(found, plan={name: package.version for name, package in plan.items()})
 
 
 def run_doctor(fix: bool = False, as_json: bool = False, metadata_only: bool = False) -> int:

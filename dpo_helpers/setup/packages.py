@@ -337,6 +337,17 @@ def carry_out(plan: Plan, before: Packages) -> None:
         print(f"⚠️ 予告と違う動きがありました。実際に変わったもの:\n{describe(moved, before)}")
 
 
+@contextlib.contextmanager
+def stoppable(before: Packages):
+    """End an interruption in a sentence that says what has moved by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        changed = describe(find_changes(before), before) or "  なし"
+        again = "もう一度実行すると続きから行います。"
+        raise UserError(f"止めました。{again}変わったもの:\n{changed}") from None
+
+
 def check_may_install(packages: Packages) -> None:
     """Raise UserError where pip would change a system Python, or would have to choose a torch."""
     virtual = sys.prefix != sys.base_prefix or Path(sys.prefix, "conda-meta").is_dir()

@@ -1,4 +1,4 @@
-"""What people and interrupted pips do to an image, and images to do it to; every one ends in real files or metadata."""
+"""What people and interrupted pips do to an image, and the images to do it to."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from simulate import ROOT, find_site, load_image, pip_check, run, versions, write_metadata
 
-COMPLETE = "image-2026-08-19-complete.json.gz"
+COMPLETE, IMAGE = "image-2026-08-19-complete.json.gz", "image-2026-08-19.json"
 
 
 def pip(python: str, *arguments: str) -> None:
@@ -89,7 +89,7 @@ def leave_tilde_folders(python: str) -> None:
 
 
 def stop_pip_between(python: str) -> None:
-    """The old tqdm set aside, the new one not yet there; fsspec new but without its RECORD, the old as `~`."""
+    """The old tqdm set aside and the new one not there yet; fsspec without its RECORD, the old one as `~`."""
     info = install_tqdm(python)
     info.rename(info.with_name(f"~{info.name[1:]}"))
     (find_site(python) / "tqdm").rename(find_site(python) / "~qdm")
@@ -128,23 +128,22 @@ CURABLE = (
 
 
 def make_images() -> dict[str, tuple[dict, str, str]]:
-    """name → (packages, Python, pip): Colab's two, an older one of 2026, one whose extras do not fit together."""
-    august = load_image(COMPLETE)
-    nvcc = load_image(COMPLETE)
-    nvcc["nvidia-cuda-nvcc-cu12"]["version"] = (
-        "12.9.86"  # cuda-toolkit[nvcc], of cupy and cudf, wants 12.8.93
-    )
-    spring = load_image(COMPLETE, torchao=None)
+    """name → (packages, Python, pip): Colab's two, an older one of 2026, one with an extra that does not fit."""
+    spring, nvcc = load_image(IMAGE, torchao=None), load_image(IMAGE)
     older = {"transformers": "5.5.0", "peft": "0.18.1", "torch": "2.10.0+cu128", "torchvision": "0.25.0"}
-    older |= {"pandas": "2.2.2", "numpy": "2.0.2", "accelerate": "1.12.0", "huggingface-hub": "1.8.0"}
+    older |= {"pandas": "2.2.2", "numpy": "2.0.2", "accelerate": "1.12.0", "huggingface-hub": "1.16.0"}
     for name, version in older.items():
         spring[name]["version"] = version
     for package in spring.values():
         lines = (line.replace("torch==2.11.0", "torch==2.10.0") for line in package["requires"])
         package["requires"] = [line.replace("pandas==2.2.3", "pandas==2.2.2") for line in lines]
+    toolkit = ["nvidia-cuda-nvcc-cu12==12.8.93 ; extra == 'nvcc'"]
+    nvcc["cuda-toolkit"] = {"version": "12.8.1", "requires": toolkit}
+    nvcc["nvidia-cuda-nvcc-cu12"] = {"version": "12.9.86", "requires": []}
+    nvcc["user-of-both"] = {"version": "1.0", "requires": ["cuda-toolkit[nvcc]", "fsspec>=2024"]}
     return {
         "2025-06-26": (load_image("image-2025-06-26.json"), "3.11", "24.1.2"),
-        "2026-08-19": (august, "3.13", "24.1.2"),
+        "2026-08-19": (load_image(COMPLETE), "3.13", "24.1.2"),
         "spring 2026": (spring, "3.12", "24.1.2"),
         "2026-08-19, nvcc": (nvcc, "3.13", "newest"),
     }
@@ -189,4 +188,7 @@ def fix_and_stop_after(python: str, seconds: float) -> tuple[int, str]:
 
 
 def look(python: str) -> tuple[dict[str, str], set[str]]:
-    return versions(python), pip_check(python)
+    """The installed versions, by the names of the folders, and what `pip check` says of them."""
+    infos = [path.name.removesuffix(".dist-info") for path in find_site(python).glob("[!~]*.dist-info")]
+    named = (info.split("-")[:2] for info in infos)
+    return {name.lower().replace("_", "-"): version for name, version in named}, pip_check(python)
