@@ -17,9 +17,9 @@ from dpo_helpers.setup.packages import FRESH_RUNTIME, HEAVY, PROJECT, Conflict
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found: unmet requirements, packages without their files, what interrupted pips left, the user's
-    files that hide a library, the trial's report (None: not run), loaded packages of another version, and the
-    plan of the repair (name → version).
+    """What was found, and the plan of its repair (name → version).
+
+    `hiding` are the user's files that hide a library; the trial is None where it was not run.
     """
 
     conflicts: list[Conflict]
@@ -32,7 +32,7 @@ class Diagnosis:
 
     @property
     def torch_replaced(self) -> bool:
-        """Whether torch and its kin no longer fit or lack files: gigabytes that no repair from inside moves."""
+        """Whether torch and its kin no longer fit or lack files: gigabytes that no repair moves."""
         mixed = [c for c in self.conflicts if HEAVY.fullmatch(c.package) and HEAVY.fullmatch(c.required)]
         return bool(mixed) or any(map(HEAVY.fullmatch, self.incomplete))
 
@@ -68,7 +68,7 @@ def try_training() -> None:
 
 
 def run_trial(timeout: float = 300) -> dict:
-    """Train a step in a fresh interpreter: {"error": its last words, "" if that went well, "cuda": the GPU}."""
+    """Train a step in a fresh interpreter: {"error": its last words or "", "cuda": the GPU's name or ""}."""
     # -P and an empty folder: the user's own files hide no library there.
     command = [sys.executable, "-P", "-c", inspect.getsource(try_training) + "try_training()"]
     with tempfile.TemporaryDirectory() as folder:
@@ -201,6 +201,8 @@ def treat(found: Diagnosis, before: pip.Packages, repair: bool, metadata_only: b
     elif plan or found.leftovers:
         print(f"直し方:\n{pip.describe(plan, before) or '  pip の残りを片付けます'}")
         print("QUICK_FIX = True で（端末では doctor --fix で）もう一度実行すると、このとおりに直します。")
+    elif repair:
+        print("QUICK_FIX は何も変更しませんでした。")
     return replace(found, plan={name: package.version for name, package in plan.items()})
 
 

@@ -9,12 +9,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from email.parser import BytesHeaderParser
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
 from dpo_helpers.config import UserError
 
@@ -33,19 +33,15 @@ IF_INSTALLED = "torchao>=0.16"  # peft refuses LoRA beside an older one, which o
 HEAVY = re.compile(r"torch|torchvision|torchaudio|triton|(nvidia|cuda)-.*")  # gigabytes: these never move
 FIXED = {PROJECT, "google-colab", "pip"}  # their complaints count, but they do not move
 LOADED = {"numpy", "pandas"}  # the session has them in use: they move only if they are complained about
-MODULES = {
-    "pillow": "PIL",
-    "pyyaml": "yaml",
-    "python-dateutil": "dateutil",
-}  # that are not named as the package
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # what is imported by another name than it is installed
+PIP = ("-P", "-m", "pip", "--timeout", "15", "--retries", "1", "--no-input", "--disable-pip-version-check")
 FRESH_RUNTIME = (
     "Colab では「ランタイム → ランタイムを接続解除して削除」を選び、新しいランタイムで最初のセルから実行して"
     "ください。新しい版のランタイムで動かなくなったときは、「ランタイム → ランタイムのタイプを変更」の"
     "「ランタイムのバージョン」で前の版を選べます。手元の PC では仮想環境を作り直してください。"
 )
 NO_ANSWER = (
-    "パッケージの配布元から返事がないので、何も変更しませんでした。"
-    "インターネットにつながっているかを確かめて、もう一度実行してください。"
+    "パッケージの配布元から返事がありません。インターネットへの接続を確かめて、もう一度実行してください。"
 )
 
 
@@ -79,7 +75,7 @@ Plan = dict[str, Package | None]  # what shall be installed; None: removed
 
 
 def parse_requirements(lines) -> tuple[requirements.Requirement, ...]:
-    """What counts on this machine, without extras; a line older than the standard is passed over, as by pip."""
+    """What counts on this machine, without extras; older lines than the standard are passed over."""
     found = []
     for line in lines:
         if "extra ==" not in line:  # evaluating markers is slow, and most of them are about extras
@@ -171,7 +167,7 @@ def find_conflicts(packages: Packages, wanted: tuple[str, ...] = REQUIREMENTS) -
 
 
 def choose_movable(conflicts: list[Conflict], packages: Packages, wanted: tuple[str, ...]) -> list[dict]:
-    """What may move (name → its bound): both sides of a conflict, then also what they ask for or are pinned by.
+    """What may move (name → its bound): both sides of conflicts, then what they ask for or are pinned by.
 
     Of these pip moves only what it must. A complainer keeps its X.Y at least: else the "smallest" repair of
     fastai 2.7 is fastai 2.1.
@@ -181,14 +177,13 @@ def choose_movable(conflicts: list[Conflict], packages: Packages, wanted: tuple[
     asked = {r.name for name in sides & set(packages) for r in packages[name].requires} & set(packages)
     asked -= LOADED | {r.name for r in parse_requirements(wanted)}
     pinned = {p.name for p in packages.values() for r in p.requires if r.name in sides and "==" in str(r)}
-    rungs = []
-    for names in (sides, sides | asked | pinned):
-        free = {name for name in names - FIXED if not HEAVY.fullmatch(name)}
-        release = {n: version.Version(packages[n].version).release[:2] for n in free - required - pinned}
-        rungs.append(
-            dict.fromkeys(free, "") | {n: ">=" + ".".join(map(str, xy)) for n, xy in release.items()}
-        )
-    return rungs
+
+    def bound(name: str) -> str:
+        known = re.match(r"\d+(\.\d+)?", packages[name].version) if name not in required | pinned else None
+        return f">={known[0]}" if known else ""
+
+    rungs = (sides - FIXED, (sides | asked | pinned) - FIXED)
+    return [{name: bound(name) for name in rung if not HEAVY.fullmatch(name)} for rung in rungs]
 
 
 def make_constraints(movable: dict[str, str], packages: Packages) -> list[str]:
@@ -225,29 +220,13 @@ def run_pip(*arguments: str, image: str = "") -> str | None:
 
     It gets a session of its own, so that Ctrl-C is ours alone, and an empty folder, where no pip.py waits.
     """
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",
-        "--timeout",
-        "15",
-        "--retries",
-        "1",
-        "--no-input",
-        *arguments,
-    ]
+    command = [sys.executable, *PIP, *arguments]
     path = os.pathsep.join(filter(None, (image, os.environ.get("PYTHONPATH"))))
-    streams = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }
+    streams = {"stdin": DEVNULL, "stdout": PIPE, "stderr": STDOUT, "encoding": "utf-8", "errors": "replace"}
     interrupted, words = False, None
     with tempfile.TemporaryDirectory() as folder:
         own = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
-        process = subprocess.Popen(command, **own, **streams)
+        process = Popen(command, **own, **streams)
         while words is None:
             try:
                 words, _ = process.communicate()
@@ -257,7 +236,7 @@ def run_pip(*arguments: str, image: str = "") -> str | None:
                     process.terminate()
     if interrupted:
         raise KeyboardInterrupt
-    if process.returncode and re.search("Retrying|Connection|timed out", words):
+    if process.returncode and "Retrying" in words:
         raise UserError(NO_ANSWER)
     return words.strip()[-900:] or "（なし）" if process.returncode else None
 
@@ -271,27 +250,25 @@ def ask_pip(targets: set[str], movable: dict[str, str], packages: Packages) -> P
         options = ("--dry-run", "--report", str(report), "--only-binary", ":all:", "-c", str(constraints))
         if words := run_pip("install", *options, *sorted(targets), image=folder):
             return words
-        found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+        found = json.loads(report.read_text(encoding="utf-8"))["install"]
     plan = {}
-    for told in found:
-        name, requires = (
-            utils.canonicalize_name(told["name"]),
-            parse_requirements(told.get("requires_dist", ())),
-        )
-        plan[name] = Package(name, told["version"], requires)
+    for told in (item["metadata"] for item in found):
+        name, asked = utils.canonicalize_name(told["name"]), told.get("requires_dist", ())
+        plan[name] = Package(name, told["version"], parse_requirements(asked))
     return plan
 
 
 def make_plan(conflicts: list[Conflict], packages: Packages, wanted=REQUIREMENTS) -> Packages | str:
     """What to install so that these conflicts are gone and none is new; pip's words where that cannot be."""
     plan: Packages | str = "動かしてよいパッケージがありません。" if conflicts else {}
-    known, cured = (
-        {(c.package, c.required) for c in some} for some in (find_conflicts(packages, wanted), conflicts)
-    )
+    known = {(c.package, c.required) for c in find_conflicts(packages, wanted) if c not in conflicts}
     for movable in choose_movable(conflicts, packages, wanted):
         targets = {c.package if c.package in movable else c.requirement for c in conflicts}
+        # pip minds only what its targets lead to, so whoever may move and uses what may move is one of them.
+        free = [packages[name] for name in movable if name in packages]
+        targets |= {package.name for package in free if any(r.name in movable for r in package.requires)}
         if movable and not isinstance(plan := ask_pip(targets, movable, packages), str):
-            if {(c.package, c.required) for c in find_conflicts(packages | plan, wanted)} <= known - cured:
+            if {(c.package, c.required) for c in find_conflicts(packages | plan, wanted)} <= known:
                 return plan
             plan = "入れても食い違いが残るか、新しい食い違いが出ます。"
     return plan

@@ -128,7 +128,7 @@ CURABLE = (
 
 
 def make_images() -> dict[str, tuple[dict, str, str]]:
-    """name → (packages, Python, pip): Colab's two, an older one of 2026, one with an extra that does not fit."""
+    """name → (packages, Python, pip): Colab's two, an older one of 2026, one with an extra in the way."""
     spring, nvcc = load_image(IMAGE, torchao=None), load_image(IMAGE)
     older = {"transformers": "5.5.0", "peft": "0.18.1", "torch": "2.10.0+cu128", "torchvision": "0.25.0"}
     older |= {"pandas": "2.2.2", "numpy": "2.0.2", "accelerate": "1.12.0", "huggingface-hub": "1.16.0"}

@@ -25,7 +25,7 @@ def check_repair(python: str) -> dict:
     after, left = breakages.look(python)
     third, _, quiet = doctor(python, "--metadata-only", "--fix")
     moved = {name: new for name, (_, new) in difference(before, after).items()}
-    # What was half gone is installed again: the folder of its metadata says the same before and after, or nothing.
+    # What was half gone is installed again: its folder says the same before and after, or nothing.
     unseen = set(report["incomplete"]) & ({*before} - {*moved} | {*moved} - {*before})
     return {
         "found": [line for line in said.splitlines() if line.startswith("・")],

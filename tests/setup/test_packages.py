@@ -156,6 +156,15 @@ def test_a_plan_that_breaks_something_else_is_not_taken(monkeypatch):
     assert make_plan(conflict, SEED, WANTED) == found
 
 
+def test_pip_is_told_of_everybody_who_uses_what_may_move(monkeypatch):
+    packages = SEED | installed("fsspec 2025.9.0", "gcsfs 2025.9.0: fsspec==2025.9.0")
+    asked = []
+    monkeypatch.setattr(setup, "ask_pip", lambda targets, movable, packages: asked.append(targets) or "no")
+    conflict = [c for c in find_conflicts(packages, WANTED) if c.package == "datasets"]
+    assert make_plan(conflict, packages, WANTED) == "no"
+    assert asked == [{"datasets"}, {"datasets", "gcsfs"}]
+
+
 @pytest.mark.parametrize("damage", ["RECORD", "METADATA", "made.py"])
 def test_a_package_whose_files_are_gone_is_not_whole(tmp_path, damage):
     info = install_on_disk(tmp_path, "1.0")
@@ -253,10 +262,11 @@ def test_an_interruption_ends_a_pip_that_only_looks_and_waits_for_one_that_moves
 ):
     done = tmp_path / "done"
     source = f"import time; time.sleep(3); open({str(done)!r}, 'w')"
-    start_real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **options: start_real([sys.executable, "-c", source], **options)
-    )
+
+    def start(command, **options):
+        return subprocess.Popen([sys.executable, "-c", source], **options)
+
+    monkeypatch.setattr(setup, "Popen", start)
     threading.Timer(1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         setup.run_pip(*arguments)
@@ -278,6 +288,7 @@ def test_an_interrupted_set_up_ends_in_a_sentence(monkeypatch, tmp_path):
 def test_a_half_removed_packaging_does_not_keep_the_set_up_from_its_work(tmp_path):
     (tmp_path / "packaging").mkdir()
     (tmp_path / "packaging" / "__init__.py").write_text("")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import dpo_helpers.setup.packages as p; print(p.version)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from dpo_helpers.setup import packages"
+    code += "; print(packages.version)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip/_vendor/packaging/version.py" in done.stdout, done.stderr
