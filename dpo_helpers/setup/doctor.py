@@ -37,6 +37,10 @@ class Diagnosis:
         return bool(mixed) or any(map(HEAVY.fullmatch, self.incomplete))
 
     @property
+    def curable(self) -> bool:
+        return bool(self.conflicts or self.incomplete or self.leftovers) and not self.torch_replaced
+
+    @property
     def exit_code(self) -> int:
         """0 healthy, 1 broken, 2 nothing broken but the kernel must restart."""
         failed = self.trial and self.trial["error"]
@@ -111,18 +115,15 @@ def diagnose(metadata_only: bool = False) -> Diagnosis:
 def print_diagnosis(found: Diagnosis) -> None:
     """Say what was found, what it means for the reader, and what follows."""
     if found.trial:
-        ended = (
-            f"失敗しました。\n  {found.trial['error'][:300]}" if found.trial["error"] else "成功しました。"
-        )
-        print(f"試し学習: {ended}（GPU: {found.trial['cuda'] or 'なし'}）")
+        failed = found.trial["error"] and f"失敗しました。\n  {found.trial['error'][:300]}"
+        print(f"試し学習: {failed or '成功しました。'}（GPU: {found.trial['cuda'] or 'なし'}）")
     closure = pip.find_closure(pip.find_packages())
     for c in found.conflicts:
         who = "このノート" if c.package == PROJECT else c.package
         alone = f"学習は動きます。{who} だけが困ります"
         effect = "学習が動かないおそれがあります" if c.package in closure | {PROJECT} else alone
-        print(
-            f"・{who} は {c.requirement} を求めますが、{c.required} は {c.found or 'ありません'}（{effect}）"
-        )
+        there = f"{c.required} は {c.found or 'ありません'}"
+        print(f"・{who} は {c.requirement} を求めますが、{there}（{effect}）")
     for name in found.incomplete:
         print(f"・{name} のファイルが欠けています（学習が動かないおそれがあります）")
     if found.leftovers:
@@ -133,47 +134,29 @@ def print_diagnosis(found: Diagnosis) -> None:
         print(f"診断: torch が入れ替わっているか、欠けています。ここからは直せません。\n{FRESH_RUNTIME}")
     elif found.exit_code != 1:
         print("診断: 健康です。このまま学習できます。")
-    elif found.conflicts or found.incomplete or found.leftovers or found.hiding:
+    elif found.curable or found.hiding:
         print("診断: 直すところがあります。")
     else:
         print(f"診断: 試し学習の失敗の原因が、パッケージの情報からは分かりません。\n{FRESH_RUNTIME}")
 
 
-def plan_repair(found: Diagnosis, packages: pip.Packages) -> tuple[pip.Packages, str]:
-    """One plan for all, so that nothing moves twice, and pip's words about what it has to leave out.
-
-    Where there is none, each complained-about package is solved alone: a hopeless one keeps no other broken.
-    """
-    plan = {name: packages[name] for name in found.incomplete}
-    together = pip.make_plan(found.conflicts, packages)
-    if not isinstance(together, str):
-        return plan | together, ""
-    words, names = together, dict.fromkeys(conflict.required for conflict in found.conflicts)
-    for name in names if len(names) > 1 else ():
-        alone = pip.make_plan([c for c in found.conflicts if c.required == name], packages | plan)
-        words, plan = (f"{name}: {alone}", plan) if isinstance(alone, str) else (words, plan | alone)
-    return plan, words
-
-
-def repair_environment(found: Diagnosis, plan: pip.Plan, metadata_only: bool) -> Diagnosis:
+def repair_environment(found: Diagnosis, before, after, metadata_only: bool) -> Diagnosis:
     """Carry out the plan, look again, and put everything back if that was interrupted or made it worse."""
-    before = pip.find_packages()
     pip.check_may_install(before)
     try:
-        pip.carry_out(plan, before)
-        after = diagnose(metadata_only)
-        if found.trial and (
-            (after.trial["error"] and not found.trial["error"])
-            or (found.trial["cuda"] and not after.trial["cuda"])
-        ):
+        pip.carry_out(before, after, found.incomplete)
+        seen = diagnose(metadata_only)
+        was, now = found.trial or {"error": "", "cuda": ""}, seen.trial or {"error": "", "cuda": ""}
+        if (now["error"] and not was["error"]) or (was["cuda"] and not now["cuda"]):
             raise UserError(f"修復の前より悪くなったので、元に戻しました。{FRESH_RUNTIME}")
     except (UserError, KeyboardInterrupt) as error:
-        if changes := pip.find_changes(before):
+        state = pip.find_packages()
+        if pip.list_moves(before, state):
             print("元の版に戻します。")
-            pip.carry_out({name: before.get(name) for name in changes}, pip.find_packages())
+            pip.carry_out(state, before, [])
         raise UserError(str(error) or "修復を止めました。元の版のままです。") from None
-    print_diagnosis(after)
-    return replace(after, stale=pip.find_stale(before, pip.find_packages()))
+    print_diagnosis(seen)
+    return replace(seen, stale=pip.find_stale(before, pip.find_packages()))
 
 
 def quick_fix(repair: bool = False, auto_restart: bool = False, metadata_only: bool = False) -> Diagnosis:
@@ -182,28 +165,22 @@ def quick_fix(repair: bool = False, auto_restart: bool = False, metadata_only: b
     with pip.stoppable(before):
         found = diagnose(metadata_only)
         print_diagnosis(found)
-        if (found.conflicts or found.incomplete or found.leftovers) and not found.torch_replaced:
-            found = treat(found, before, repair, metadata_only)
+        after, words = before, ""
+        if found.curable:
+            after, words = pip.make_plan(found.conflicts, before)
+        moves = pip.list_moves(before, after, found.incomplete if found.curable else [])
+        if words:
+            print(f"直せないものがあります（元のままにします）。{FRESH_RUNTIME}\npip の言葉: {words}")
+        if repair and found.curable and (moves or found.leftovers):
+            found = repair_environment(found, before, after, metadata_only)
         elif repair:
             print("QUICK_FIX は何も変更しませんでした。")
+        elif found.curable and (moves or found.leftovers):
+            print("直し方:", *moves.values() or ["  pip の残りを片付けます"], sep="\n")
+            print("QUICK_FIX = True で（端末では doctor --fix で）もう一度実行すると、このとおりに直します。")
     if found.stale or found.exit_code != 1:
         pip.report_restart(found.stale, auto_restart)
-    return found
-
-
-def treat(found: Diagnosis, before: pip.Packages, repair: bool, metadata_only: bool) -> Diagnosis:
-    """Say what would move and, with `repair`, move just that."""
-    plan, words = plan_repair(found, before)
-    if words:
-        print(f"直せないものがあります（元のままにします）。{FRESH_RUNTIME}\npip の言葉: {words}")
-    if repair and (plan or found.leftovers):
-        found = repair_environment(found, plan, metadata_only)
-    elif plan or found.leftovers:
-        print(f"直し方:\n{pip.describe(plan, before) or '  pip の残りを片付けます'}")
-        print("QUICK_FIX = True で（端末では doctor --fix で）もう一度実行すると、このとおりに直します。")
-    elif repair:
-        print("QUICK_FIX は何も変更しませんでした。")
-    return replace(found, plan={name: package.version for name, package in plan.items()})
+    return replace(found, plan={name: after[name].version for name in moves})
 
 
 def run_doctor(fix: bool = False, as_json: bool = False, metadata_only: bool = False) -> int:

@@ -71,7 +71,6 @@ class Conflict:
 
 
 Packages = dict[str, Package]
-Plan = dict[str, Package | None]  # what shall be installed; None: removed
 
 
 def parse_requirements(lines) -> tuple[requirements.Requirement, ...]:
@@ -258,60 +257,63 @@ def ask_pip(targets: set[str], movable: dict[str, str], packages: Packages) -> P
     return plan
 
 
-def make_plan(conflicts: list[Conflict], packages: Packages, wanted=REQUIREMENTS) -> Packages | str:
-    """What to install so that these conflicts are gone and none is new; pip's words where that cannot be."""
-    plan: Packages | str = "動かしてよいパッケージがありません。" if conflicts else {}
-    known = {(c.package, c.required) for c in find_conflicts(packages, wanted) if c not in conflicts}
-    for movable in choose_movable(conflicts, packages, wanted):
+def make_plan(conflicts: list[Conflict], packages: Packages, wanted=REQUIREMENTS) -> tuple[Packages, str]:
+    """The packages as they will be, without these conflicts or a new one; pip's words about what stays.
+
+    One solution for all, so that nothing moves twice. Where there is none, each complained-about package is
+    solved alone: a hopeless one keeps no other broken.
+    """
+    words, names = "", list(dict.fromkeys(conflict.required for conflict in conflicts))
+    known = {(c.package, c.required) for c in find_conflicts(packages, wanted)}
+    known -= {(c.package, c.required) for c in conflicts}
+    for movable in choose_movable(conflicts, packages, wanted) if conflicts else ():
         targets = {c.package if c.package in movable else c.requirement for c in conflicts}
         # pip minds only what its targets lead to, so whoever may move and uses what may move is one of them.
         free = [packages[name] for name in movable if name in packages]
         targets |= {package.name for package in free if any(r.name in movable for r in package.requires)}
-        if movable and not isinstance(plan := ask_pip(targets, movable, packages), str):
-            if {(c.package, c.required) for c in find_conflicts(packages | plan, wanted)} <= known:
-                return plan
-            plan = "入れても食い違いが残るか、新しい食い違いが出ます。"
-    return plan
+        found = ask_pip(targets, movable, packages) if movable else "動かしてよいパッケージがありません。"
+        if isinstance(found, str):
+            words = found
+        elif {(c.package, c.required) for c in find_conflicts(packages | found, wanted)} <= known:
+            return packages | found, ""
+        else:
+            words = "入れても食い違いが残るか、新しい食い違いが出ます。"
+    for name in names if len(names) > 1 else ():
+        alone = [conflict for conflict in conflicts if conflict.required == name]
+        packages, left = make_plan(alone, packages, wanted)
+        words = f"{name}: {left}" if left else words
+    return packages, words
 
 
-def describe(plan: Plan, before: Packages) -> str:
-    """One line for each package: its version before and after."""
-    lines = []
-    for name, new in sorted(plan.items()):
-        versions = [package.version if package else "なし" for package in (before.get(name), new)]
-        lines.append(
-            f"  {name}: {' → '.join(versions)}{'（入れ直し）' if versions[0] == versions[1] else ''}"
-        )
-    return "\n".join(lines)
+def list_moves(before: Packages, after: Packages, again: list[str] = ()) -> dict[str, str]:
+    """name → the versions before and after of each package that moves or is installed `again`."""
+    moves = {}
+    for name in sorted(before | after):
+        old, new = (state[name].version if name in state else "なし" for state in (before, after))
+        if old != new or name in again:
+            moves[name] = f"  {name}: {old} → {new}{'（入れ直し）' if old == new else ''}"
+    return moves
 
 
-def find_changes(before: Packages) -> Plan:
-    """What is installed now in another version than before; None: not installed any more."""
-    now = find_packages()
-    old, new = ({name: package.version for name, package in state.items()} for state in (before, now))
-    return {name: now.get(name) for name in sorted(old | new) if old.get(name) != new.get(name)}
-
-
-def carry_out(plan: Plan, before: Packages) -> None:
-    """Announce the plan, install or remove what it says, and say whether just that has moved."""
-    print(f"次のとおりに変更します（ほかのパッケージは動かしません）。\n{describe(plan, before)}", flush=True)
-    for name in plan.keys() & before.keys():
-        if (info := before[name].info).is_dir() and not has_its_files(before[name]):
-            info.rename(info.with_name(f"~{info.name[1:]}"))  # pip cannot remove what has no RECORD
-    install = [f"{name}=={package.version}" for name, package in plan.items() if package]
-    remove = [name for name, package in plan.items() if not package]
+def carry_out(before: Packages, after: Packages, again: list[str]) -> None:
+    """Announce what will move or be installed `again`, do it, and say whether nothing else has moved."""
+    moves = list_moves(before, after, again)
+    print("次のとおりに変更します（ほかのパッケージは動かしません）。", *moves.values(), sep="\n", flush=True)
+    for info in (before[name].info for name in moves if name in before and not has_its_files(before[name])):
+        info.rename(info.with_name(f"~{info.name[1:]}"))  # pip cannot remove what has no RECORD
+    install = [f"{name}=={after[name].version}" for name in moves if name in after]
+    remove = [name for name in moves if name not in after]
     words = run_pip("install", "--no-deps", *install) if install else None
     words = words or (run_pip("uninstall", "--yes", *remove) if remove else None)
     if words:
         raise UserError(f"pip が失敗しました。{FRESH_RUNTIME}\npip の言葉: {words}")
     for path in find_leftovers():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    moved = find_changes(before)
-    planned = {n: p for n, p in plan.items() if n not in before or not p or before[n].version != p.version}
-    if describe(moved, before) == describe(planned, before):
+    moved = list_moves(before, find_packages())
+    if moved == list_moves(before, after):
         print("予告したとおりに変更しました。ほかのパッケージは動かしていません。")
     else:
-        print(f"⚠️ 予告と違う動きがありました。実際に変わったもの:\n{describe(moved, before)}")
+        print("⚠️ 予告と違う動きがありました。実際に変わったもの:", *moved.values(), sep="\n")
 
 
 @contextlib.contextmanager
@@ -320,9 +322,8 @@ def stoppable(before: Packages):
     try:
         yield
     except KeyboardInterrupt:
-        changed = describe(find_changes(before), before) or "  なし"
-        again = "もう一度実行すると続きから行います。"
-        raise UserError(f"止めました。{again}変わったもの:\n{changed}") from None
+        moved = "\n".join(list_moves(before, find_packages()).values()) or "  なし"
+        raise UserError(f"止めました。もう一度実行すると続きから行います。変わったもの:\n{moved}") from None
 
 
 def check_may_install(packages: Packages) -> None:
@@ -352,16 +353,12 @@ def install_missing(requirements: tuple[str, ...] = (), auto_restart: bool = Fal
     check_may_install(before)
     missing = [conflict.requirement for conflict in unmet] + incomplete
     print(f"足りないもの: {'、'.join(missing)}。入れ方を調べています（30 秒ほど）…", flush=True)
-    try:
-        plan = make_plan(unmet, before, wanted)
-        if isinstance(plan, str):
-            raise UserError(
-                f"入れる方法がないので、何も変更しませんでした。{FRESH_RUNTIME}\npip の言葉: {plan}"
-            )
-        carry_out({name: before[name] for name in incomplete} | plan, before)
-    except KeyboardInterrupt:
-        changed = describe(find_changes(before), before) or "  なし"
-        raise UserError(f"止めました。もう一度実行すると続きから行います。変わったもの:\n{changed}") from None
+    with stoppable(before):
+        after, words = make_plan(unmet, before, wanted)
+        if words:
+            words = f"{FRESH_RUNTIME}\npip の言葉: {words}"
+            raise UserError(f"入れる方法がないので、何も変更しませんでした。{words}")
+        carry_out(before, after, incomplete)
     return report_restart(find_stale(before, find_packages()), auto_restart)
 
 

@@ -152,8 +152,30 @@ def test_a_plan_that_breaks_something_else_is_not_taken(monkeypatch):
     found = installed("gcsfs 2025.3.0: fsspec==2025.3.0")
     monkeypatch.setattr(setup, "ask_pip", lambda targets, movable, packages: found)
     conflict = [c for c in find_conflicts(packages, WANTED) if c.package == "gcsfs"]
-    assert "新しい食い違い" in make_plan(conflict, packages, WANTED)
-    assert make_plan(conflict, SEED, WANTED) == found
+    after, words = make_plan(conflict, packages, WANTED)
+    assert after == packages and "新しい食い違い" in words
+    assert make_plan(conflict, SEED, WANTED) == (SEED | found, "")
+
+
+def test_a_hopeless_conflict_does_not_keep_a_curable_one_broken(monkeypatch):
+    """fastai and gcsfs have no solution together, nor has fastai alone."""
+    found = installed("gcsfs 2025.3.0: fsspec==2025.3.0")
+    answers = {frozenset(["gcsfs"]): found, frozenset(["fsspec", "gcsfs"]): found}
+    monkeypatch.setattr(
+        setup, "ask_pip", lambda targets, movable, packages: answers.get(frozenset(targets), "no way")
+    )
+    conflicts = [c for c in find_conflicts(SEED, WANTED) if c.ours]
+    assert make_plan(conflicts, SEED, WANTED) == (SEED | found, "torch: no way")
+
+
+def test_moves_are_told_with_both_versions():
+    before, after = installed("trl 0.12", "tqdm 4", "gone 1"), installed("trl 1.0", "tqdm 4", "rich 14")
+    assert setup.list_moves(before, after, ["tqdm"]) == {
+        "gone": "  gone: 1 → なし",
+        "rich": "  rich: なし → 14",
+        "tqdm": "  tqdm: 4 → 4（入れ直し）",
+        "trl": "  trl: 0.12 → 1.0",
+    }
 
 
 def test_pip_is_told_of_everybody_who_uses_what_may_move(monkeypatch):
@@ -161,7 +183,7 @@ def test_pip_is_told_of_everybody_who_uses_what_may_move(monkeypatch):
     asked = []
     monkeypatch.setattr(setup, "ask_pip", lambda targets, movable, packages: asked.append(targets) or "no")
     conflict = [c for c in find_conflicts(packages, WANTED) if c.package == "datasets"]
-    assert make_plan(conflict, packages, WANTED) == "no"
+    assert make_plan(conflict, packages, WANTED) == (packages, "no")
     assert asked == [{"datasets"}, {"datasets", "gcsfs"}]
 
 
