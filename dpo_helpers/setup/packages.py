@@ -300,7 +300,10 @@ def carry_out(before: Packages, after: Packages, again: list[str]) -> None:
     moves = list_moves(before, after, again)
     print("次のとおりに変更します（ほかのパッケージは動かしません）。", *moves.values(), sep="\n", flush=True)
     for info in (before[name].info for name in moves if name in before and not has_its_files(before[name])):
-        info.rename(info.with_name(f"~{info.name[1:]}"))  # pip cannot remove what has no RECORD
+        aside = info.with_name(f"~{info.name[1:]}")  # pip cannot remove what has no RECORD
+        if aside != info:
+            shutil.rmtree(aside, ignore_errors=True)
+            info.rename(aside)
     install = [f"{name}=={after[name].version}" for name in moves if name in after]
     remove = [name for name in moves if name not in after]
     words = run_pip("install", "--no-deps", *install) if install else None

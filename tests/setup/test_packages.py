@@ -168,6 +168,24 @@ def test_a_hopeless_conflict_does_not_keep_a_curable_one_broken(monkeypatch):
     assert make_plan(conflicts, SEED, WANTED) == (SEED | found, "torch: no way")
 
 
+def test_what_has_no_record_is_set_aside_even_where_an_interrupted_pip_left_the_same(tmp_path, monkeypatch):
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.setattr(sys, "path", [str(site)])
+    install_on_disk(site, "1.0").rename(site / "~ade-1.0.dist-info")
+    (install_on_disk(site, "1.0") / "RECORD").unlink()
+    before, seen = setup.find_packages(), []
+
+    def run_pip(*arguments):
+        seen.append((arguments, sorted(path.name for path in site.glob("*.dist-info"))))
+        install_on_disk(site, "1.0")
+
+    monkeypatch.setattr(setup, "run_pip", run_pip)
+    setup.carry_out(before, before, ["made"])
+    assert seen == [(("install", "--no-deps", "made==1.0"), ["~ade-1.0.dist-info"])]
+    assert [path.name for path in site.glob("*.dist-info")] == ["made-1.0.dist-info"]
+
+
 def test_moves_are_told_with_both_versions():
     before, after = installed("trl 0.12", "tqdm 4", "gone 1"), installed("trl 1.0", "tqdm 4", "rich 14")
     assert setup.list_moves(before, after, ["tqdm"]) == {
