@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped, UserError
-from dpo_helpers.setup.quick_fix import run_doctor
+from dpo_helpers.setup.doctor import run_doctor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         "experiment": run_experiment,
         "data": run_data,
         "judge": run_judge,
-        "doctor": run_doctor,
+        "doctor": lambda a: run_doctor(a.fix, a.json, a.metadata_only),
         "merge": run_merge,
         "share": run_share,
     }
