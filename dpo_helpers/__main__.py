@@ -72,6 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="前の続きから（auto、既定）か、最初から（never）か",
     )
     job.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="列名=名前",
+        help="データの列名の対応。例：質問文=prompt",
+    )
+    job.add_argument(
         "--data",
         default="",
         metavar="FILE",
@@ -155,12 +162,12 @@ def run_train(arguments) -> int:
     config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
     config = config.replace(read_settings(arguments.set), "--set")
     where = arguments.run_dir, arguments.device, arguments.mirror
-    train(config, *where, arguments.resume, arguments.data, arguments.on_error)
+    train(config, *where, arguments.resume, arguments.data, arguments.on_error, arguments.column)
     return 0
 
 
 def train(
-    config: RunConfig, folder, device="auto", mirror=None, resume="auto", data="", on_error="raise"
+    config: RunConfig, folder, device="auto", mirror=None, resume="auto", data="", on_error="raise", column=()
 ) -> dict:
     """Run the whole way of the main notebook, without a notebook; return what metrics.json holds.
 
@@ -170,7 +177,7 @@ def train(
     from accelerate import PartialState
 
     from dpo_helpers.data.generate import split_rows
-    from dpo_helpers.data.own_rows import collect_rows
+    from dpo_helpers.data.own_rows import collect_rows, parse_columns
     from dpo_helpers.judge.measure import BEFORE_ROWS, evaluate_run
     from dpo_helpers.judge.scores import measure_before
     from dpo_helpers.judge.verdict import describe_verdict, judge
@@ -191,7 +198,7 @@ def train(
         with clock("setup"), PartialState().main_process_first():
             tokenizer = load_tokenizer(config.model_name)
         with clock("data"), PartialState().main_process_first():
-            rows = collect_rows(config, tokenizer, data, on_error, run.folder)
+            rows = collect_rows(config, tokenizer, data, on_error, run.folder, parse_columns(column))
             train_rows, held_out_rows = split_rows(rows, config.held_out_fraction, config.seed)
             run.check_rows(train_rows, held_out_rows)
             print(f"学習用 {len(train_rows)} 行、評価用 {len(held_out_rows)} 行")

@@ -58,9 +58,14 @@ class RunConfig:
     max_length: int = _knob(128, "質問と回答を合わせた長さの上限（トークン）", (16, 8192))
     beta: float = _knob(0.1, "参照モデルから離れにくくする強さ（大きいほど離れない）", (0.001, 10.0))
     loss_type: str = _knob("sigmoid", "DPO の損失の種類", LOSS_TYPES)
+    sft_weight: float = _knob(
+        1.0,
+        "loss_type に +sft があるとき、良い回答を書く練習の項の重み（大きいほど書く力を残す）",
+        (0.01, 100.0),
+    )
     trainer: str = _knob(
         "fast",
-        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid のとき）、stock は TRL のまま",
+        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid か sigmoid+sft）、stock は TRL のまま",
         TRAINERS,
     )
     lora_rank: int = _knob(16, "LoRA のランク r", (1, 1024))
@@ -138,6 +143,10 @@ class Switches:
     resume: str = _knob("自動", "前の続きから（自動）か、新しく始めるか", ("自動", "最初から"))
     device: str = _knob("auto", "使うデバイス", ("auto", "cuda", "cpu"))
     config_file: str = _knob("", "実験ノートブックが書いた設定ファイル。空なら設定のセルの値", None)
+    columns: dict = field(
+        default_factory=dict,
+        metadata={"note": '列の名前が違うとき：{"質問文": "prompt"} のように書く', "allowed": None},
+    )
     upload_file: bool = _knob(False, "データのファイルをアップロードするか", None)
     drop_bad_rows: bool = _knob(False, "誤りのある行を除いて続けるか（オフなら止まる）", None)
     download_zip: bool = _knob(False, "結果の zip をダウンロードするか", None)
@@ -214,17 +223,17 @@ def _settle_one(settings, item) -> str | None:
             return f"  {item.name}：空にはできません。"
         if allowed and value not in allowed:
             return f"  {item.name} = {value!r}：{', '.join(allowed)} のどれかを選んでください。"
-    elif item.type is not bool and not allowed[0] <= value <= allowed[1]:
+    elif item.type not in (bool, dict) and not allowed[0] <= value <= allowed[1]:
         return f"  {item.name} = {value!r}：{allowed[0]:g} 以上 {allowed[1]:g} 以下にしてください。"
     return None
 
 
-_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False "}
+_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False ", dict: "{ } の形"}
 
 
 def _convert(value, kind):
     """Convert form and command-line values: "5e-6" is a float, 1.0 an integer, True neither."""
-    if kind in (str, bool):
+    if kind in (str, bool, dict):
         if not isinstance(value, kind):
             raise ValueError(value)
         return value.strip() if kind is str else value

@@ -18,7 +18,7 @@ from dpo_helpers.data.topics import Fact
 
 # How the model is made. In one reading every fact is told twice: once rightly, once in one of the bad ways.
 EMBEDDED_RECIPE = {
-    "readings": 30,
+    "readings": 32,
     "vocabulary": 3000,
     "layers": 1,
     "width": 192,

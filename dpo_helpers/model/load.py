@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
+from dpo_helpers.data.hub import explain_hub_error
+from dpo_helpers.data.tokens import settle_template
 from dpo_helpers.errors import UserError
 from dpo_helpers.machine import Machine
 from dpo_helpers.model.embedded import EMBEDDED, make_embedded_model
@@ -12,13 +14,13 @@ PROBE = "これは日本語の文です。"
 UNSAFE_FORMAT = (
     "このモデルは safetensors 形式で置かれていないようです。古い形式（.bin）"
     "はファイルの中のコードを実行できるので、読み込みません。"
-    "作者を信頼できるときだけ、次の 2 行で手元のフォルダーに変換し、"
-    "MODEL_NAME にそのフォルダー名を書いてください（トークナイザーも同じように保存します）。\n"
+    "作者を信頼できるときだけ、次の 2 行で手元のフォルダに変換し、"
+    "MODEL_NAME にそのフォルダ名を書いてください（トークナイザーも同じように保存します）。\n"
     '  AutoModelForCausalLM.from_pretrained("{0}", use_safetensors=False).save_pretrained("converted")\n'
     '  AutoTokenizer.from_pretrained("{0}").save_pretrained("converted")'
 )
 CHOICES = (
-    "ローカルのフォルダーを MODEL_NAME に書くか、その場で作る小さなモデル MODEL_NAME "
+    "ローカルのフォルダを MODEL_NAME に書くか、その場で作る小さなモデル MODEL_NAME "
     '= "embedded" を選んでください。'
 )
 
@@ -93,6 +95,8 @@ def load_tokenizer(name: str):
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    for note in settle_template(tokenizer):
+        print(note)
     ids = tokenizer(PROBE)["input_ids"]
     if PROBE not in (read := tokenizer.decode(ids)):
         raise UserError(
@@ -137,46 +141,18 @@ def find_model(name: str) -> str:
         ]
         if missing:
             raise UserError(
-                f"フォルダー {folder} にモデルがありません（足りないもの：{', '.join(missing)}）。{CHOICES}"
+                f"フォルダ {folder} にモデルがありません（足りないもの：{', '.join(missing)}）。{CHOICES}"
             )
         return str(folder)
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or folder.exists():
-        raise UserError(f"モデルのフォルダー {name} が見つかりません。パスを確かめてください。{CHOICES}")
+        raise UserError(f"モデルのフォルダ {name} が見つかりません。パスを確かめてください。{CHOICES}")
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-    )
 
     try:
         hf_hub_download(name, "config.json")
-    except GatedRepoError:
-        raise UserError(
-            f"モデル {name} は、利用の条件に同意した人だけが使えます。次の順に進めてから、"
-            "もう一度実行してください。\n"
-            f"1. Hugging Face にログインし、https://huggingface.co/{name} のページで条件を読んで同意する\n"
-            "2. https://huggingface.co/settings/tokens で Read の権限のトークンを作る\n"
-            "3. Colab では、左の鍵の印（シークレット）に HF_TOKEN "
-            "の名前で入れて「ノートブックからのアクセス」をオンにする。"
-            "ほかでは hf auth login を実行する\n"
-            f"すぐに試すなら、申請のいらないモデルを選んでください。{CHOICES}"
-        ) from None
-    except (RepositoryNotFoundError, ValueError):
-        raise UserError(
-            f"モデル {name} が Hugging Face Hub に見つかりません。名前のつづりを確かめてください。{CHOICES}"
-        ) from None
-    except (OSError, HfHubHTTPError) as error:
-        # LocalEntryNotFoundError, "nothing cached and no way to ask", is both an EntryNotFoundError and a
-        # FileNotFoundError.
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
-            raise UserError(f"{name} には config.json がなく、モデルとして読めません。{CHOICES}") from None
-        raise UserError(
-            f"モデル {name} を取得できません。Hugging Face Hub につながらず、手元にも保存されていません。"
-            f"ネットワークを確かめるか、{CHOICES}"
-        ) from None
+    except (OSError, ValueError, RuntimeError) as error:  # the Hub's own errors are OSErrors and ValueErrors
+        raise UserError(f"{explain_hub_error(error, f'モデル {name}')}\n{CHOICES}") from None
     return name
 
 

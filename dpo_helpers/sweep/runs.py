@@ -32,6 +32,7 @@ DPO_KNOBS = (
     "learning_rate",
     "beta",
     "loss_type",
+    "sft_weight",
     "logging_steps",
     "checkpoint_steps",
     "report_to",

@@ -12,6 +12,7 @@ from dpo_helpers.keep.run import Run
 from dpo_helpers.machine import Machine, halve_on_out_of_memory
 from dpo_helpers.model.load import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.model.quantization import restore_adapters
+from dpo_helpers.train.checks import check_training
 
 # What these losses need beside their name: TRL's robust loss without smoothing is the sigmoid one, and
 # exo_pair raises.
@@ -80,6 +81,7 @@ def build_sft_trainer(run: Run, config: RunConfig, machine: Machine, train_rows:
     """Return an SFTTrainer on a freshly loaded base for the run's rows."""
     base, tokenizer = load_base_model(config, machine)
     run.check_base(base)
+    check_training(base, tokenizer, train_rows, config)
     return make_sft_trainer(
         config, base, tokenizer, train_rows, _shared_arguments(run, config, machine, "sft")
     )
@@ -149,6 +151,7 @@ def build_dpo_trainer(
     """
     model, tokenizer = load_base_model(config, machine)
     run.check_base(model)
+    check_training(model, tokenizer, train_rows, config)
     arguments = {
         **_shared_arguments(run, config, machine, "dpo"),
         "eval_strategy": "steps",
@@ -186,6 +189,7 @@ def make_dpo_trainer(
             learning_rate=config.learning_rate,
             beta=config.beta,
             loss_type=config.loss_type.split("+"),  # TRL adds up the losses of a list
+            loss_weights=[1.0, config.sft_weight] if config.loss_type.endswith("+sft") else None,
             **LOSS_ARGUMENTS.get(config.loss_type, {}),
             **arguments,
         ),
