@@ -50,7 +50,7 @@ def steps(folder) -> list[int]:
 
 
 CONFIG = {
-    "num_samples": 60,
+    "num_samples": 68,
     "max_length": 256,
     "learning_rate": 1e-3,
     "sft_epochs": 1,

@@ -141,9 +141,42 @@ def test_the_loss_worked_by_hand(tiny_models, rows, build, monkeypatch):
     )
 
 
+def test_the_sum_with_the_sft_loss_worked_by_hand(tiny_models, rows, build, monkeypatch):
+    import torch
+
+    config = make_config(tiny_models["gpt2"], beta=0.5, loss_type="sigmoid+sft")
+    trainer = build(config, rows[:4], rows[4:8])["fast"][0]
+    policy, reference = torch.tensor([[-2.0, -5.0], [-6.0, -4.0]]), torch.tensor([[-3.0, -3.0], [-5.0, -5.0]])
+    monkeypatch.setattr(
+        trainer, "_score", lambda model, inputs, sums: sums.append(torch.ones(2, 4)) or policy
+    )
+    monkeypatch.setattr(trainer, "_score_reference", lambda inputs: reference)
+    answers = torch.zeros(4, 9)
+    answers[0, 3:5] = answers[1, 2:7] = 1  # the chosen answers have two and five tokens
+    loss = trainer.compute_loss(
+        trainer.model, {"attention_mask": torch.ones(4, 9), "completion_mask": answers}
+    )
+    preference = (math.log1p(math.exp(-1)) + math.log1p(math.exp(1.5))) / 2
+    sft = (2 / 2 + 5 / 5) / 2
+    assert loss.item() == pytest.approx(preference + sft)
+    measured = trainer.measured[trainer.model.training]
+    assert measured["loss"] == [pytest.approx(preference)] and measured["sft_loss"] == [pytest.approx(sft)]
+
+
+def test_the_sum_of_one_pair_and_its_gradient_are_those_of_trl(tiny_models, rows, build):
+    trainers = build(make_config(tiny_models["gpt2"], loss_type="sigmoid+sft"), rows[:16], rows[16:24])
+    results = []
+    for trainer, _, _ in trainers.values():
+        scramble_adapter(trainer.model)
+        results.append(loss_and_gradient(trainer, [3]))
+    (fast, fast_gradient), (stock, stock_gradient) = results
+    assert trainers["fast"][0].is_exact and fast == pytest.approx(stock, abs=1e-4) and fast > 2
+    assert (fast_gradient - stock_gradient).norm() < 1e-4 * stock_gradient.norm()
+
+
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
 @pytest.mark.parametrize("sft_epochs", [0, 1])
-@pytest.mark.parametrize("max_length", [128, 36])
+@pytest.mark.parametrize("max_length", [128, 24])
 def test_losses_and_gradients_are_those_of_trl(tiny_models, rows, build, layout, sft_epochs, max_length):
     trainers = build(
         make_config(tiny_models[layout], sft_epochs=sft_epochs, max_length=max_length), rows[:16], rows[16:24]
@@ -152,7 +185,7 @@ def test_losses_and_gradients_are_those_of_trl(tiny_models, rows, build, layout,
     for trainer, _, _ in trainers.values():
         lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in trainer.train_dataset]
         assert min(lengths) < max(lengths) and (max(lengths) > max_length) == (
-            max_length == 36
+            max_length == 24
         )  # padding, and rows that are cut
         scramble_adapter(trainer.model)
         results.append(loss_and_gradient(trainer, range(8)))
