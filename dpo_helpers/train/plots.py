@@ -59,7 +59,7 @@ def make_panels(stage: str, beta: float | None = None) -> list[Panel]:
     """Return the panels of a stage, "sft" or "dpo"; without `beta` the drift keeps TRL's unit, beta × nat."""
     if stage == "sft":
         return [
-            Panel("損失：下がるほど、お手本に近い", "損失（nat / トークン）", None, "", _both("loss")[:1])
+            Panel("損失：下がるほど、手本に近い", "損失（nat / トークン）", None, "", _both("loss")[:1])
         ]
     drift = "対数確率の変化（nat）" if beta else "β × 対数確率の変化（nat）"
     return [
