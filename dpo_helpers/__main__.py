@@ -48,13 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
     def device(job):
         job.add_argument("--device", default="auto", help="auto, cuda, cpu（既定：auto）")
 
-    def on_error(job):
-        job.add_argument(
-            "--on-error",
-            choices=("raise", "drop"),
-            default="raise",
-            help="データの誤りのある行で止める（raise）か除く（drop）か",
-        )
+    def rows(job):
+        on_error = "データの誤りのある行で止める（raise）か除く（drop）か"
+        job.add_argument("--on-error", choices=("raise", "drop"), default="raise", help=on_error)
+        column = "データの列名の対応。例：質問文=prompt"
+        job.add_argument("--column", action="append", default=[], metavar="列名=名前", help=column)
 
     job = jobs.add_parser("train", help="学習、評価、保存をまとめて実行する")
     job.add_argument("--config", help="設定ファイル（run_config.json）。省くと既定の設定を使う")
@@ -72,19 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="前の続きから（auto、既定）か、最初から（never）か",
     )
     job.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="列名=名前",
-        help="データの列名の対応。例：質問文=prompt",
-    )
-    job.add_argument(
         "--data",
         default="",
         metavar="FILE",
         help="自分のデータのファイルか Hub のデータセット名。省くと生成する",
     )
-    on_error(job)
+    rows(job)
     device(job)
     job = jobs.add_parser("experiment", help="設定を比べる実験を行い、結果を 1 行ずつ残す")
     job.add_argument(
@@ -111,10 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--check", metavar="FILE", help="生成せずに、自分のファイル（または Hub のデータセット名）を検査する"
     )
-    job.add_argument(
-        "--column", action="append", default=[], metavar="列名=名前", help="列名の対応。例：質問文=prompt"
-    )
-    on_error(job)
+    rows(job)
     job.add_argument("--dropped-file", metavar="FILE", help="除いた行の一覧を書き込む JSONL ファイル")
     job.add_argument(
         "--tokenizer",
