@@ -48,11 +48,13 @@ def make_parser() -> argparse.ArgumentParser:
     def device(job):
         job.add_argument("--device", default="auto", help="auto, cuda, cpu（既定：auto）")
 
-    def rows(job):
-        on_error = "データの誤りのある行で止める（raise）か除く（drop）か"
-        job.add_argument("--on-error", choices=("raise", "drop"), default="raise", help=on_error)
-        column = "データの列名の対応。例：質問文=prompt"
-        job.add_argument("--column", action="append", default=[], metavar="列名=名前", help=column)
+    def on_error(job):
+        job.add_argument(
+            "--on-error",
+            choices=("raise", "drop"),
+            default="raise",
+            help="データの誤りのある行で止める（raise）か除く（drop）か",
+        )
 
     job = jobs.add_parser("train", help="学習、評価、保存をまとめて実行する")
     job.add_argument("--config", help="設定ファイル（run_config.json）。省くと既定の設定を使う")
@@ -65,7 +67,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", choices=("auto", "never"), default="auto", help="続きから（auto）か、最初から（never）か"
     )
     job.add_argument(
-<<<<<<< HEAD
         "--column",
         action="append",
         default=[],
@@ -74,14 +75,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     job.add_argument("--data", default="", metavar="FILE", help="自分のデータのファイルか Hub の名前")
     on_error(job)
-=======
-        "--data",
-        default="",
-        metavar="FILE",
-        help="自分のデータのファイルか Hub のデータセット名。省くと生成する",
-    )
-    rows(job)
->>>>>>> refs/heads/tests
     device(job)
     job = jobs.add_parser("experiment", help="設定を比べる実験を行い、結果を 1 行ずつ残す")
     job.add_argument(
@@ -100,18 +93,11 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--count", type=int, default=1000, help="生成する行数（既定：1000）")
     job.add_argument("--seed", type=int, default=42, help="乱数シード（既定：42）")
     job.add_argument("--output", metavar="FILE", help="行を書き込む JSONL ファイル")
-<<<<<<< HEAD
     job.add_argument("--check", metavar="FILE", help="自分のファイル（または Hub の名前）を検査する")
     job.add_argument(
         "--column", action="append", default=[], metavar="列名=名前", help="列名の対応。例：質問文=prompt"
     )
     on_error(job)
-=======
-    job.add_argument(
-        "--check", metavar="FILE", help="生成せずに、自分のファイル（または Hub のデータセット名）を検査する"
-    )
-    rows(job)
->>>>>>> refs/heads/tests
     job.add_argument("--dropped-file", metavar="FILE", help="除いた行の一覧を書き込む JSONL ファイル")
     job.add_argument("--tokenizer", metavar="NAME", help="トークン数も調べるモデルの名前")
     job.add_argument(
