@@ -20,7 +20,7 @@ from dpo_helpers.data.topics import Fact
 EMBEDDED_RECIPE = {
     "readings": 32,
     "vocabulary": 3000,
-    "layers": 1,
+    "layers": 1,  # one wide layer keeps more facts than two narrow ones that take as long
     "width": 192,
     "heads": 6,
     "batch": 16,
@@ -30,11 +30,7 @@ EMBEDDED_RECIPE = {
     "seed": 42,
 }
 # The model in three sizes: what each changes in EMBEDDED_RECIPE.
-EMBEDDED = {
-    "embedded-small": {"layers": 1, "width": 64, "heads": 2},
-    "embedded": {},
-    "embedded-large": {"layers": 2, "width": 256, "heads": 8},
-}
+EMBEDDED = {"embedded-small": {"width": 64, "heads": 2}, "embedded": {}, "embedded-large": {"layers": 2}}
 END = "<|endoftext|>"
 IGNORED = -100  # the label of a token that no loss is taken of
 
