@@ -25,9 +25,9 @@ def test_settings_come_as_name_and_value_in_either_case():
         (["--set", "lora_rank=inf"], "整数で指定"),
         (["--set", "betta=1"], "知らない項目"),
         (["--config", "absent.json"], "absent.json が見つかりません"),
-        (["--set", "model_name=./absent"], "フォルダー ./absent が見つかりません"),
+        (["--set", "model_name=./absent"], "フォルダ ./absent が見つかりません"),
         (["--device", "cuda"], "GPU（cuda）が見つかりません"),
-        ([], "つながらず"),  # the default model, without a network
+        ([], "手元にも保存されていません"),  # the default model, without a network
     ],
 )
 def test_a_problem_that_the_user_can_solve_ends_with_2_and_its_message(

@@ -55,7 +55,8 @@ def _explain_answer(error: BaseException, what: str) -> str:
     if name == "GatedRepoError":
         return (
             "利用の条件に同意した人だけが使えます。Hugging Face のページで条件に同意し、"
-            f"{TOKEN_PAGE} で作った Read の権限のトークンを HF_TOKEN に入れてください。"
+            f"{TOKEN_PAGE} で作った Read の権限のトークンを HF_TOKEN に入れてください"
+            "（Colab では、左の鍵の印のシークレットに入れて、ノートブックからのアクセスをオンにします）。"
         )
     if name in ("RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError") and status != 429:
         return "Hugging Face Hub に見つかりません。名前のつづりと、非公開ならトークンを確かめてください。"
