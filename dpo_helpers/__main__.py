@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped, UserError
-from dpo_helpers.setup.quick_fix import run_doctor
+from dpo_helpers.setup.doctor import run_doctor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         "experiment": run_experiment,
         "data": run_data,
         "judge": run_judge,
-        "doctor": run_doctor,
+        "doctor": lambda a: run_doctor(a.fix, a.json, a.metadata_only),
         "merge": run_merge,
         "share": run_share,
     }
@@ -48,11 +48,13 @@ def make_parser() -> argparse.ArgumentParser:
     def device(job):
         job.add_argument("--device", default="auto", help="auto, cuda, cpu（既定：auto）")
 
-    def rows(job):
-        on_error = "データの誤りのある行で止める（raise）か除く（drop）か"
-        job.add_argument("--on-error", choices=("raise", "drop"), default="raise", help=on_error)
-        column = "データの列名の対応。例：質問文=prompt"
-        job.add_argument("--column", action="append", default=[], metavar="列名=名前", help=column)
+    def on_error(job):
+        job.add_argument(
+            "--on-error",
+            choices=("raise", "drop"),
+            default="raise",
+            help="データの誤りのある行で止める（raise）か除く（drop）か",
+        )
 
     job = jobs.add_parser("train", help="学習、評価、保存をまとめて実行する")
     job.add_argument("--config", help="設定ファイル（run_config.json）。省くと既定の設定を使う")
@@ -60,22 +62,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="名前=値", help="設定を一つ変える（何度でも書ける）"
     )
     job.add_argument("--run-dir", default="run", help="結果を置くフォルダ（既定：run）")
+    job.add_argument("--mirror", metavar="DIR", help="コピーを置くフォルダ（Google Drive など）")
     job.add_argument(
-        "--mirror", metavar="DIR", help="チェックポイントと結果のコピーを置くフォルダ（Google Drive など）"
+        "--resume", choices=("auto", "never"), default="auto", help="続きから（auto）か、最初から（never）か"
     )
     job.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="前の続きから（auto、既定）か、最初から（never）か",
+        "--column",
+        action="append",
+        default=[],
+        metavar="列名=名前",
+        help="データの列名の対応。例：質問文=prompt",
     )
-    job.add_argument(
-        "--data",
-        default="",
-        metavar="FILE",
-        help="自分のデータのファイルか Hub のデータセット名。省くと生成する",
-    )
-    rows(job)
+    job.add_argument("--data", default="", metavar="FILE", help="自分のデータのファイルか Hub の名前")
+    on_error(job)
     device(job)
     job = jobs.add_parser("experiment", help="設定を比べる実験を行い、結果を 1 行ずつ残す")
     job.add_argument(
@@ -84,12 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='試す設定の JSON：{"settings": {"beta": [0.1, 0.5]}, "common": {...}, "seeds": [...]}',
     )
-    job.add_argument(
-        "--results",
-        required=True,
-        metavar="FILE",
-        help="結果を 1 行ずつ加える JSONL。もう一度実行すると残りだけを行う",
-    )
+    job.add_argument("--results", required=True, metavar="FILE", help="結果を 1 行ずつ加える JSONL")
     job.add_argument("--mirror", metavar="DIR", help="結果のコピーを置くフォルダ（Google Drive など）")
     job.add_argument(
         "--retry-failed", action="store_true", help="失敗した設定（NaN を除く）をもう一度実行する"
@@ -99,16 +93,13 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--count", type=int, default=1000, help="生成する行数（既定：1000）")
     job.add_argument("--seed", type=int, default=42, help="乱数シード（既定：42）")
     job.add_argument("--output", metavar="FILE", help="行を書き込む JSONL ファイル")
+    job.add_argument("--check", metavar="FILE", help="自分のファイル（または Hub の名前）を検査する")
     job.add_argument(
-        "--check", metavar="FILE", help="生成せずに、自分のファイル（または Hub のデータセット名）を検査する"
+        "--column", action="append", default=[], metavar="列名=名前", help="列名の対応。例：質問文=prompt"
     )
-    rows(job)
+    on_error(job)
     job.add_argument("--dropped-file", metavar="FILE", help="除いた行の一覧を書き込む JSONL ファイル")
-    job.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="トークン数も調べる。Hub の名前、ローカルのフォルダ、または embedded",
-    )
+    job.add_argument("--tokenizer", metavar="NAME", help="トークン数も調べるモデルの名前")
     job.add_argument(
         "--max-length", type=int, default=128, help="質問と回答を合わせた長さの上限（トークン、既定：128）"
     )

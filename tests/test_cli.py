@@ -103,7 +103,7 @@ def test_the_package_is_light_to_import():
     code = (
         "import sys, time; start = time.perf_counter(); import dpo_helpers; first = "
         "time.perf_counter() - start\n"
-        "import dpo_helpers.config, dpo_helpers.machine, dpo_helpers.setup.quick_fix, "
+        "import dpo_helpers.config, dpo_helpers.machine, dpo_helpers.setup.doctor, "
         "dpo_helpers.data.generate, dpo_helpers.__main__\n"
         "print(first, [n for n in ('torch', 'transformers', 'trl', 'peft', 'datasets', "
         "'pandas', 'matplotlib', 'psutil') if n in sys.modules])"

@@ -1,11 +1,10 @@
-"""The ranges of versions: Colab's lie in them, both tested ends do, and nothing else is imported."""
-
-import ast
 import re
-import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
+
+from dpo_helpers.setup.packages import REQUIREMENTS
 
 ROOT = Path(__file__).parent.parent
 # Colab's GPU image of 2026-08-19; trl, matplotlib-fontja and sacrebleu are not on it
@@ -24,9 +23,9 @@ COLAB = {
     "packaging": "26.3",
     "numpy": "2.1.3",
     "scipy": "1.16.3",
+    "filelock": "3.32.3",
     "pyarrow": "18.1.0",
     "openpyxl": "3.1.5",
-    "filelock": "3.32.3",
     "tqdm": "4.67.3",
 }
 NOT_ON_COLAB = {"trl", "matplotlib-fontja", "sacrebleu"}
@@ -64,7 +63,15 @@ def test_the_low_end_is_colabs():
         package: str(requirement.specifier) for package, requirement in read("constraints-colab.txt").items()
     }
     assert {name: tested[name] for name in COLAB} == {name: f"=={v}" for name, v in COLAB.items()}
-    assert tested["trl"] == "==0.29.1"
+    assert tested["trl"] == "==0.29.1" and Version(tested["torchao"][2:]) >= Version("0.16")
+
+
+def test_set_up_asks_for_nothing_that_the_requirements_do_not_list():
+    ranges = read("requirements.txt")
+    for line in REQUIREMENTS:
+        assert re.sub(r"[_.]", "-", Requirement(line).name) in ranges
+    assert str(ranges["trl"].specifier) == str(Requirement("trl>=0.29.1,<2").specifier)
+    assert "trl>=0.29.1,<2" in REQUIREMENTS
 
 
 def test_only_packages_that_are_declared_are_imported():
@@ -72,12 +79,14 @@ def test_only_packages_that_are_declared_are_imported():
         "dpo_helpers",
         "google",
         "IPython",
+        "pip",
     }
+    import sys
+
     imported = set()
-    for path in (ROOT / "dpo_helpers").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            imported |= {name.split(".")[0] for name in names}
+    for path in (ROOT / "dpo_helpers").glob("*.py"):
+        imported |= {
+            match.group(1)
+            for match in re.finditer(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        }
     assert imported - known - set(sys.stdlib_module_names) == set()
-    assert {"torch", "psutil", "pandas", "trl"} <= imported

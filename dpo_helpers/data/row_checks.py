@@ -9,6 +9,7 @@ from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 
+from dpo_helpers.data.generate import UNSEEN
 from dpo_helpers.data.prompt import make_prompt, strip_question
 from dpo_helpers.data.topics import KIND_SHARES, list_groups
 from dpo_helpers.errors import UserError
@@ -60,10 +61,8 @@ SPEAKERS = {
     "system": "system developer システム",
 }
 SPEAKERS = {name: role for role, names in SPEAKERS.items() for name in names.split()}
-ROLE_KEYS, TEXT_KEYS = (
-    ("role", "from", "speaker"),
-    ("content", "value", "text", "parts", "response", "answer"),
-)
+ROLE_KEYS = ("role", "from", "speaker")
+TEXT_KEYS = ("content", "value", "text", "parts", "response", "answer")
 # a speaker's mark at the beginning of a line: "Human: ", "### 応答:", "<|im_start|>user"
 MARK = re.compile(
     rf"^[ \t]*(?:<\|im_start\|>(?=\w+\n)|(?:#+ ?)?(?=(?:{'|'.join(SPEAKERS)})[ \t]*[:：]))"
@@ -190,20 +189,15 @@ def explain_columns(names: tuple[str, ...], found: dict) -> str:
     if mark and mark != answer and {"chosen", "rejected"} <= set(missing):
         text += "DPO には、同じ質問への良い回答（chosen）と悪い回答（rejected）のペアが要ります。"
         if not answer:
-            return (
-                text
-                + f"どちらが良いか（{show_name(mark)}）はありますが、回答の文がないので、加えてください。"
-            )
+            return text + f"どちらが良いか（{show_name(mark)}）だけで、回答の文がないので、加えてください。"
         text += f"回答が一つと印（{show_name(answer)} と {show_name(mark)}）の行は、"
         return text + "同じ質問で印の違う二つを合わせて 1 行にしてください。"
     free = [show_name(name) for name in names if name not in roles] or ["列名"]
     pairs = list(zip(free, missing or ["prompt"], strict=False))
     terminal = " ".join(f"--column {name}={role}" for name, role in pairs)
     notebook = ", ".join(f'"{name}": "{role}"' for name, role in pairs)
-    return (
-        f"{text}列の対応を書くと読めます。"
-        f"例：ターミナルでは {terminal}、ノートブックでは COLUMNS = {{{notebook}}}"
-    )
+    text += f"列の対応を書くと読めます。例：ターミナルでは {terminal}、"
+    return text + f"ノートブックでは COLUMNS = {{{notebook}}}"
 
 
 def _find_first(pattern: re.Pattern, names: tuple[str, ...]) -> str | None:
@@ -218,7 +212,7 @@ def normalize_record(record: dict | str, explicit: tuple = (), changes: Counter 
 
     What is changed on the way is counted in `changes` under a Japanese sentence.
     """
-    changes = Counter() if changes is None else changes
+    said: set[str] = set()
     if isinstance(record, str):
         raise BadRow("unreadable", record)
     record = open_task(record)
@@ -227,23 +221,25 @@ def normalize_record(record: dict | str, explicit: tuple = (), changes: Counter 
         raise BadRow("missing", trouble)
     values = {role: record[name] for role, name in found.items()}
     if "outputs" in found:
-        values |= _rank_answers(record, found, changes)
+        values |= _rank_answers(record, found, said)
     elif "first" in found:
-        values |= _pick_answer(record, found, changes)
-    context = _read_context(values, changes)
-    _split_texts(values, changes)
-    turns = _read_sides(values, changes)
+        values |= _pick_answer(record, found, said)
+    context = _read_context(values, said)
+    _split_texts(values, said)
+    turns = _read_sides(values, said)
     if "prompt" not in values and isinstance(values["chosen"], str) and len(turns["chosen"]) == 1:
         raise BadRow("missing", explain_columns(tuple(record), found))
     row = _join_turns(turns, context)
     if row["chosen"] == row["rejected"]:
         raise BadRow("identical", "chosen と rejected が同じです")
     if TEMPLATE.search("\n".join(row.values())):
-        changes[TEMPLATE_NOTE] += 1
+        said.add(TEMPLATE_NOTE)
     if NumberText in map(type, values.values()):
-        changes["数値や日付のセルを文字として読みました。"] += 1
+        said.add("数値や日付のセルを文字として読みました。")
     if isinstance(group := values.get("group"), str | int):
         row["group"] = str(group)
+    if changes is not None:
+        changes.update(said)
     return row | _find_own_values(values)
 
 
@@ -251,11 +247,11 @@ def _find_own_values(values: dict) -> dict:
     """Return our own columns where they hold what generate.py writes; a user's columns of those names steer
     nothing.
     """
-    if values.get("rejection_kind") not in KIND_SHARES or not isinstance(values.get("field"), str):
+    unseen = values.get("unseen") or ""
+    own = {key: values[key] for key in OWN_KEYS if isinstance(values.get(key), str)} | {"unseen": unseen}
+    if len(own) < len(OWN_KEYS) or own["rejection_kind"] not in KIND_SHARES or unseen not in ("", *UNSEEN):
         return {}
-    known = list_groups().get(values.get("concept"), ("",))[0] == values["field"]
-    known = known and values.get("unseen") in (None, "", "new_concept", "new_wording")
-    return {key: values.get(key) or "" for key in OWN_KEYS} if known else {}
+    return own if list_groups().get(own["concept"], ("",))[0] == own["field"] else {}
 
 
 def open_task(record: dict) -> dict:
@@ -263,13 +259,14 @@ def open_task(record: dict) -> dict:
     data, annotations = record.get("data"), record.get("annotations")
     if not isinstance(data, dict) or not isinstance(annotations, list):
         return record
-    found = set(
-        re.findall(r'"(?:selected|choices)": \[?"([^"]*)"', json.dumps(annotations, ensure_ascii=False))
-    )
+    text = json.dumps(
+        annotations, ensure_ascii=False, default=str
+    )  # Parquet holds times, which JSON does not
+    found = set(re.findall(r'"(?:selected|choices)": \[?"([^"]*)"', text))
     return {**data, "selected": "、".join(sorted(found))}
 
 
-def _pick_answer(record: dict, found: dict, changes: Counter) -> dict:
+def _pick_answer(record: dict, found: dict, said: set) -> dict:
     """Return chosen and rejected of a record with two answers and a choice."""
     first, second, marks = _find_pair(tuple(record), "prompt" in found)
     sides, unclear = set(), None
@@ -285,7 +282,7 @@ def _pick_answer(record: dict, found: dict, changes: Counter) -> dict:
         raise BadRow("missing", explain_columns(tuple(record), found))
     if len(sides) != 1:
         raise BadRow("no_choice", f"どちらの回答が良いかが決まりません（{show_name(unclear) or '空'}）")
-    changes[f"{show_name(first)} と {show_name(second)} を、選ばれたほうを chosen として読みました。"] += 1
+    said.add(f"{show_name(first)} と {show_name(second)} を、選ばれたほうを chosen として読みました。")
     better, worse = (first, second) if sides == {0} else (second, first)
     return {"chosen": record[better], "rejected": record[worse]}
 
@@ -301,7 +298,7 @@ def _read_side(value: str, pairs: list[tuple[str, str]], is_named: bool) -> int 
     return None
 
 
-def _rank_answers(record: dict, found: dict, changes: Counter) -> dict:
+def _rank_answers(record: dict, found: dict, said: set) -> dict:
     """Return the best and the worst of a list of answers, by scores or ranks, or by the order of `output`."""
     name, score_name = found["outputs"], found.get("scores", "")
     answers, scores = _read_list(record[name]), _read_list(record.get(score_name))
@@ -318,7 +315,7 @@ def _rank_answers(record: dict, found: dict, changes: Counter) -> dict:
         answers = [answers[i] for i in order]
     elif fold_name(name) not in ("output", "outputs", "ranked_responses"):
         raise BadRow("no_choice", f"{show_name(name)} の回答の良し悪し（scores か rank）がありません")
-    changes[f"{show_name(name)} のリストから、いちばん良い回答と悪い回答をペアにしました。"] += 1
+    said.add(f"{show_name(name)} のリストから、いちばん良い回答と悪い回答をペアにしました。")
     return {"chosen": answers[0], "rejected": answers[-1]}
 
 
@@ -341,7 +338,7 @@ def _read_list(value):
 # --- texts and messages ---
 
 
-def _split_texts(values: dict, changes: Counter) -> None:
+def _split_texts(values: dict, said: set) -> None:
     """Find the prompt in answers that are plain texts: whole transcripts, or a prompt that they repeat."""
     prompt, chosen, rejected = (values.get(key) for key in KEYS)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
@@ -352,13 +349,13 @@ def _split_texts(values: dict, changes: Counter) -> None:
         marks = [mark for mark in MARK.finditer(chosen) if mark.end() <= shared]
         if len(marks) > 1 and not chosen[: marks[0].start()].strip():
             values |= _split_transcripts(chosen, rejected, marks)
-            changes["会話の全文から、共通の部分を prompt に分けました。"] += 1
+            said.add("会話の全文から、共通の部分を prompt に分けました。")
     elif isinstance(prompt, str) and (head := prompt.strip()) and chosen.lstrip().startswith(head):
         rests = [text.lstrip().removeprefix(head) for text in (chosen, rejected)]
         ends_open = any(mark.end() == len(head) for mark in MARK.finditer(head))
         if rejected.lstrip().startswith(head) and all(ends_open or rest.startswith("\n") for rest in rests):
             values |= {key: MARK.sub("", rest.strip(), 1) for key, rest in zip(KEYS[1:], rests, strict=True)}
-            changes["chosen と rejected の先頭から、prompt と同じ文を除きました。"] += 1
+            said.add("chosen と rejected の先頭から、prompt と同じ文を除きました。")
 
 
 def _split_transcripts(chosen: str, rejected: str, marks: list[re.Match]) -> dict:
@@ -376,7 +373,7 @@ def _split_transcripts(chosen: str, rejected: str, marks: list[re.Match]) -> dic
     return {"prompt": turns, "chosen": answers[0], "rejected": answers[1]}
 
 
-def _read_sides(values: dict, changes: Counter) -> dict[str, list[tuple[str, str]]]:
+def _read_sides(values: dict, said: set) -> dict[str, list[tuple[str, str]]]:
     """Return the messages of prompt, chosen and rejected, or raise BadRow with the defects of all three."""
     turns, defects = {"prompt": []}, []
     carries_prompt = any(
@@ -386,7 +383,7 @@ def _read_sides(values: dict, changes: Counter) -> dict[str, list[tuple[str, str
         if key == "prompt" and not values.get(key) and (carries_prompt or key not in values):
             continue
         try:
-            turns[key] = _read_messages(key, values[key], changes)
+            turns[key] = _read_messages(key, values[key], said)
         except BadRow as bad:
             defects.append(bad.args)
     if defects:
@@ -394,7 +391,7 @@ def _read_sides(values: dict, changes: Counter) -> dict[str, list[tuple[str, str
     return turns
 
 
-def _read_messages(key: str, value, changes: Counter) -> list[tuple[str, str]]:
+def _read_messages(key: str, value, said: set) -> list[tuple[str, str]]:
     """Return (role, text) of each message; a plain text is one message of the user or of the assistant."""
     if isinstance(value, str):
         check_text(key, value)
@@ -405,7 +402,7 @@ def _read_messages(key: str, value, changes: Counter) -> list[tuple[str, str]]:
             raise BadRow(
                 "conversation", f"{key} はメッセージのリストを文字にしたもののようですが、読めません"
             )
-        changes["文字になっていたメッセージのリストを、会話として読みました。"] += 1
+        said.add("文字になっていたメッセージのリストを、会話として読みました。")
     if isinstance(value, dict):
         value = value["messages"] if "messages" in value else [value] if _find(value, ROLE_KEYS) else value
     if value is None or value == [] or value != value:  # not a number is how tables say that nothing is there
@@ -456,7 +453,7 @@ def check_text(key: str, text: str) -> None:
         raise BadRow("garbled", f"{key} が文字化けしています（{broken[0]}）")
 
 
-def _read_context(values: dict, changes: Counter) -> list[tuple[str, str]]:
+def _read_context(values: dict, said: set) -> list[tuple[str, str]]:
     """Return what other columns put before the prompt (system, history), and join `input` to it."""
     context, prompt, more = [], values.get("prompt"), values.get("input")
     for key in ("system", "input"):
@@ -464,19 +461,19 @@ def _read_context(values: dict, changes: Counter) -> list[tuple[str, str]]:
             raise BadRow("not_text", f"{key} が文字列ではありません（{type(values[key]).__name__}）")
     if isinstance(prompt, str) and more and more.strip():
         values["prompt"] = f"{prompt}\n{more}"
-        changes["input の文を prompt の後につなげました。"] += 1
+        said.add("input の文を prompt の後につなげました。")
     if (system := values.get("system")) and system.strip():
         check_text("system", system)
         context.append(("system", system))
-        changes["system の文を prompt の先頭に入れました。"] += 1
+        said.add("system の文を prompt の先頭に入れました。")
     if history := _read_list(values.get("history")):
         if isinstance(history, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
             texts = [text for pair in history for text in pair]
             history = [
                 {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
             ]
-        context += _read_messages("history", history, changes)
-        changes["history のやりとりを prompt の前に入れました。"] += 1
+        context += _read_messages("history", history, said)
+        said.add("history のやりとりを prompt の前に入れました。")
     return context
 
 

@@ -58,9 +58,7 @@ _DRIFT = (
 def make_panels(stage: str, beta: float | None = None) -> list[Panel]:
     """Return the panels of a stage, "sft" or "dpo"; without `beta` the drift keeps TRL's unit, beta × nat."""
     if stage == "sft":
-        return [
-            Panel("損失：下がるほど、お手本に近い", "損失（nat / トークン）", None, "", _both("loss")[:1])
-        ]
+        return [Panel("損失：下がるほど、手本に近い", "損失（nat / トークン）", None, "", _both("loss")[:1])]
     drift = "対数確率の変化（nat）" if beta else "β × 対数確率の変化（nat）"
     return [
         Panel("損失：下がるほど良い", "損失", math.log(2), "ln 2（学習前）", _both("loss")),

@@ -246,6 +246,9 @@ def test_each_shape_becomes_its_pair_and_what_was_changed_is_said(record, prompt
     (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     checked = check_rows(tmp_path / "rows.jsonl")
     assert checked.rows == [{**PLAIN, "prompt": prompt or PLAIN["prompt"]}] and checked.problems == []
+    assert "（2 行）" not in "".join(
+        checked.notes
+    )  # a row is counted once, whatever is changed on both sides
     assert said in "\n".join(checked.notes) and (said or not any("行）" in note for note in checked.notes))
 
 
@@ -270,7 +273,7 @@ NO_PAIRS = {
     "a choice without its answers": (
         {"prompt": Q, "choice": "A"},
         "missing",
-        ["どちらが良いか（choice）", "回答の文がない"],
+        ["どちらが良いか（choice）だけ", "回答の文がない"],
     ),
     "two answers without a choice": (
         {"prompt": Q, "回答A": YES, "回答B": NO},

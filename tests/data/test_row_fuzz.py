@@ -14,6 +14,7 @@ from pyarrow import parquet
 from test_row_cases import NO_PAIRS, SHAPES
 
 from dpo_helpers.data.own_rows import check_rows, describe_problems
+from dpo_helpers.data.row_checks import OWN_KEYS
 from dpo_helpers.errors import UserError
 
 FILES = int(os.environ.get("FUZZ_FILES", "1000"))  # 10,000 were tried once
@@ -71,7 +72,8 @@ STRETCHES = (
     b"'",
     b"PK",
 )
-BASE = [record for record, *_ in (*SHAPES.values(), *NO_PAIRS.values())]
+OURS = {"prompt": "p", "chosen": "c", "rejected": "r", **{key: ["x"] for key in OWN_KEYS}}
+BASE = [OURS, *(record for record, *_ in (*SHAPES.values(), *NO_PAIRS.values()))]
 
 
 def draw_value(draw: random.Random, value):
@@ -105,7 +107,9 @@ def draw_records(draw: random.Random) -> list[dict]:
     for i in range(draw.choice((1, 2, 5, 30))):
         record = {name: draw_value(draw, value) for name, value in draw.choice(shapes).items()}
         if draw.random() < 0.1:
-            record[draw.choice(("field", "x\ny", "", "\x1b[1m", "\ud800", "備考"))] = draw_value(draw, "はい")
+            record[draw.choice(("x\ny", "", "\x1b[1m", "\ud800", "備考", *OWN_KEYS))] = draw_value(
+                draw, "はい"
+            )
         records.append(
             {name: f"{i}{v}" if isinstance(v, str) and i % 3 == 0 else v for name, v in record.items()}
         )
