@@ -1,12 +1,12 @@
-import argparse
 import json
 import random
 import shutil
 
 import pytest
 
+from dpo_helpers.__main__ import make_parser, run_data
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.own_rows import add_data_arguments, load_preferences, run_data
+from dpo_helpers.data.own_rows import load_preferences
 from dpo_helpers.data.tokens import (
     build_token_report,
     describe_token_report,
@@ -311,9 +311,7 @@ def test_the_histogram_shows_the_lengths_and_the_limit(rows, gpt2_tokenizer, tmp
 
 
 def run(*words) -> int:
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    return run_data(parser.parse_args([str(word) for word in words]))
+    return run_data(make_parser().parse_args(["data", *map(str, words)]))
 
 
 def test_the_terminal_generates_checks_and_reports(tmp_path, small_model, rows, capsys):
