@@ -19,11 +19,17 @@ FACTS = {  # (concept, question): chosen answer
     ("定数", "定数とは何ですか？"): "定数は、実行中に変えない値です。",
     ("定数", "定数の例を教えてください。"): "定数の例は、円周率を表すPIです。",
 }
+KINDS = ("vague", "unfinished", "vague", "unfinished")
 ROWS = [
-    {"prompt": f"質問: {question}\n回答:\n", "chosen": chosen, "concept": concept, "rejection_kind": kind,
-     "rejected": f"{concept}は、いろいろあって奥が深いものです。" if kind == "vague" else chosen[:6]}
-    for ((concept, question), chosen), kind in zip(FACTS.items(), ["vague", "unfinished", "vague", "unfinished"], strict=True)
-]  # fmt: skip
+    {
+        "prompt": f"質問: {question}\n回答:\n",
+        "chosen": chosen,
+        "concept": concept,
+        "rejection_kind": kind,
+        "rejected": f"{concept}は、いろいろあって奥が深いものです。" if kind == "vague" else chosen[:6],
+    }
+    for ((concept, question), chosen), kind in zip(FACTS.items(), KINDS, strict=True)
+]
 
 
 def check(answer: str) -> dict:

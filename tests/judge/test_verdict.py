@@ -13,8 +13,16 @@ RECORDED = Path(__file__).parent.parent / "fixtures" / "verdict"
 
 
 def write_summary(right, manners=0.0, questions=150, **changes):
-    summary = {"questions": questions, "right": right, "names": 1.0, "ends": 1.0, "loops": 0.0, "japanese": 1.0,
-               "manners": manners, "interval": {"right": [0, 1], "manners": [0, 1]}}  # fmt: skip
+    summary = {
+        "questions": questions,
+        "right": right,
+        "names": 1.0,
+        "ends": 1.0,
+        "loops": 0.0,
+        "japanese": 1.0,
+        "manners": manners,
+        "interval": {"right": [0, 1], "manners": [0, 1]},
+    }
     return summary | changes
 
 
@@ -34,21 +42,40 @@ def make_metrics():
     return {
         "first_loss": math.log(2),
         "final_train_loss": 0.2,
-        "held_out": {"rows": 300, "loss": 0.25, "accuracy": 0.93, "accuracy_interval": [0.895, 0.954], "margin": 2.0,
-                     "chosen_log_prob_change": 1.0, "rejected_log_prob_change": -12.0},
-        "discrimination": {"accuracy": 0.93, "interval": [0.895, 0.954], "best_rule": "usual_length",
-                           "best_rule_accuracy": 0.6},
-        "writing": {"new_concept": copy.deepcopy(roles), "new_wording": copy.deepcopy(roles)},
-        "writing_change": {
-            "base": {"greedy": write_change(-0.01), "sampled": write_change(0.2, -0.24)},
+        "held_out": {
+            "rows": 300,
+            "loss": 0.25,
+            "accuracy": 0.93,
+            "accuracy_interval": [0.895, 0.954],
+            "margin": 2.0,
+            "chosen_log_prob_change": 1.0,
+            "rejected_log_prob_change": -12.0,
         },
-    }  # fmt: skip
+        "discrimination": {
+            "accuracy": 0.93,
+            "interval": [0.895, 0.954],
+            "best_rule": "usual_length",
+            "best_rule_accuracy": 0.6,
+        },
+        "writing": {"new_concept": copy.deepcopy(roles), "new_wording": copy.deepcopy(roles)},
+        "writing_change": {"base": {"greedy": write_change(-0.01), "sampled": write_change(0.2, -0.24)}},
+    }
 
 
 def make_log(loss=0.2, **last):
-    lines = [{"step": step, "loss": loss, "grad_norm": 1.0, "rewards/margins": 1.0, "rewards/accuracies": 0.9,
-              "logps/chosen": -40.0, "logps/rejected": -60.0} for step in (1, 50, 100)]  # fmt: skip
-    return lines[:-1] + [lines[-1] | last]
+    lines = [
+        {
+            "step": step,
+            "loss": loss,
+            "grad_norm": 1.0,
+            "rewards/margins": 1.0,
+            "rewards/accuracies": 0.9,
+            "logps/chosen": -40.0,
+            "logps/rejected": -60.0,
+        }
+        for step in (1, 50, 100)
+    ]
+    return [*lines[:-1], lines[-1] | last]
 
 
 def change(path, value, metrics=None):

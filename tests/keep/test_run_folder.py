@@ -29,7 +29,8 @@ tokenizer = AutoTokenizer.from_pretrained(run)
 rows = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
 
 def load(folder):
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(loaded, folder).eval()
 
 def log_prob(model, prompt, answer):
     start = len(tokenizer(prompt)["input_ids"])
@@ -39,8 +40,10 @@ def log_prob(model, prompt, answer):
     return steps.gather(1, ids[0, 1:, None])[start - 1:, 0].sum().item()
 
 policy, reference = load(run), load(run / "reference")
-table = [[log_prob(model, row["prompt"], row[side]) for model in (policy, reference) for side in ("chosen", "rejected")] for row in rows]
-inputs = tokenizer([row["prompt"] for row in rows[:5]], return_tensors="pt", padding=True, padding_side="left")
+each = [(model, side) for model in (policy, reference) for side in ("chosen", "rejected")]
+table = [[log_prob(model, row["prompt"], row[side]) for model, side in each] for row in rows]
+asked = [row["prompt"] for row in rows[:5]]
+inputs = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left")
 ids = policy.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id)
 answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 print(json.dumps({"log_probs": table, "answers": answers}))
