@@ -103,10 +103,10 @@ def colab(tmp_path, monkeypatch):
     """
     from fake_colab import FakeColab
 
-    from dpo_helpers.keep import storage
+    from dpo_helpers.keep import drive
 
     fake = FakeColab(tmp_path / "colab", monkeypatch)
-    monkeypatch.setattr(storage, "DRIVE_ROOT", fake.mount_point)
+    monkeypatch.setattr(drive, "DRIVE_ROOT", fake.mount_point)
     (tmp_path / "content").mkdir()
     monkeypatch.chdir(tmp_path / "content")
     return fake
@@ -121,9 +121,11 @@ def start_run(tmp_path):
     opened = []
 
     def start(config, train_rows, held_out_rows, folder=tmp_path / "run", **options):
-        opened.append(open_run(config, folder, find_machine("cpu"), **options))
-        opened[-1].use_rows(train_rows, held_out_rows)
-        return opened[-1]
+        run = open_run(config, folder, find_machine("cpu"), **options)
+        opened.append(run)
+        run.check_rows(train_rows, held_out_rows)
+        run.rows = train_rows, held_out_rows
+        return run
 
     yield start
     for run in opened:
@@ -145,7 +147,8 @@ def undisturbed(tiny_models, rows, tmp_path_factory):
         tmp_path_factory.mktemp("undisturbed") / "run",
         find_machine("cpu"),
     )
-    run.use_rows(rows[:32], rows[32:40])
+    run.check_rows(rows[:32], rows[32:40])
+    run.rows = rows[:32], rows[32:40]
     trainer = train(run)
     save(run, trainer)
     run.close()

@@ -1,9 +1,9 @@
 """A training of seconds on a tiny model, and what two of them are compared by."""
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.judge.monitoring import build_metrics
-from dpo_helpers.keep.storage import save_run
-from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo, train_sft
+from dpo_helpers.machine import find_machine
+from dpo_helpers.train.stages import build_metrics, save_result, train_dpo, train_sft
+from dpo_helpers.train.trainers import build_dpo_trainer
 
 NOT_COMPARED = ("runtime", "per_second", "train_loss", "total_flos")
 
@@ -24,13 +24,27 @@ def make_config(tiny_models, **changes):
     return RunConfig(**{**values, **changes})
 
 
+def warm_up(run):
+    return train_sft(run, run.config, find_machine("cpu"), run.rows[0])
+
+
+def build(run, warmed_up=None):
+    return build_dpo_trainer(run, run.config, find_machine("cpu"), *run.rows, warmed_up)
+
+
+def train_on(run, trainer, warmed_up=None):
+    return train_dpo(run, run.config, find_machine("cpu"), *run.rows, trainer, warmed_up)
+
+
 def train(run):
-    warmed_up = train_sft(run)
-    return train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+    """Train both stages of a run that start_run opened; `run.rows` are the rows that it was opened with."""
+    warmed_up = warm_up(run)
+    return train_on(run, build(run, warmed_up), warmed_up)
 
 
 def save(run, trainer):
-    return save_run(run, trainer, build_metrics(run, trainer))
+    metrics = build_metrics(run, run.config, find_machine("cpu"), run.rows[0], trainer)
+    return save_result(run, run.config, *run.rows, trainer, metrics)
 
 
 def weights(trainer):

@@ -65,7 +65,7 @@ def _shared_arguments(run: Run, config: RunConfig, machine: Machine, stage: str)
 
 def build_sft_trainer(run: Run, config: RunConfig, machine: Machine, train_rows: list[dict]):
     """Return an SFTTrainer on a freshly loaded base for the run's rows."""
-    base, tokenizer = load_base_model(config, machine)
+    base, tokenizer = load_base_model(config, machine, run.base)
     run.check_base(base)
     return make_sft_trainer(
         config, base, tokenizer, train_rows, _shared_arguments(run, config, machine, "sft")
@@ -133,7 +133,7 @@ def build_dpo_trainer(
 
     A sample of the held-out rows is evaluated every `checkpoint_steps` for the plots.
     """
-    model, tokenizer = load_base_model(config, machine)
+    model, tokenizer = load_base_model(config, machine, run.base)
     run.check_base(model)
     arguments = {
         **_shared_arguments(run, config, machine, "dpo"),

@@ -4,20 +4,16 @@ import math
 
 import pytest
 
+from tiny_run import build, train_on, warm_up
+from tiny_run import train as train_both
+
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.tokens import format_row
 from dpo_helpers.judge.monitoring import summarize_training
 from dpo_helpers.judge.scores import score_rows, summarize_scores
 from dpo_helpers.model.answer import use_role
 from dpo_helpers.model.load import load_base_model
-from dpo_helpers.train.trainers import (
-    build_dpo_trainer,
-    evaluate_curve_rows,
-    make_dataset,
-    sample_curve_rows,
-    train_dpo,
-    train_sft,
-)
+from dpo_helpers.train.trainers import evaluate_curve_rows, make_dataset, sample_curve_rows
 
 pytestmark = pytest.mark.versions
 CHAT = (
@@ -41,9 +37,7 @@ def make_config(model, **changes):
 @pytest.fixture
 def run(start_run, tmp_path):
     def train(config, rows, folder=tmp_path / "run", count=32):
-        run = start_run(config, rows[:count], rows[count : count + 16], folder)
-        warmed_up = train_sft(run)
-        return train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+        return train_both(start_run(config, rows[:count], rows[count : count + 16], folder))
 
     return train
 
@@ -83,15 +77,15 @@ def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, run
 
 def test_the_warm_up_teaches_the_chosen_answers_and_dpo_starts_from_it(tiny_models, rows, start_run):
     run = start_run(make_config(tiny_models["gpt2"], sft_epochs=3), rows[:64], rows[64:72])
-    warmed_up = train_sft(run)
-    losses = [entry["loss"] for entry in run.sft_log if "loss" in entry]
+    warmed_up = warm_up(run)
+    losses = [entry["loss"] for entry in run.progress.sft_log if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
-    trainer = build_dpo_trainer(run, warmed_up)
+    trainer = build(run, warmed_up)
     model = trainer.model
     before = {name: p.clone() for name, p in model.named_parameters() if ".ref." in name}
     for name, value in before.items():
         assert value.equal(model.get_parameter(name.replace(".ref.", ".default.")))
-    train_dpo(run, trainer, warmed_up)
+    train_on(run, trainer, warmed_up)
     assert all(value.equal(model.get_parameter(name)) for name, value in before.items())
     assert any(
         not value.equal(model.get_parameter(name.replace(".ref.", ".default.")))
@@ -122,7 +116,7 @@ def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, start_run,
         tokenizer.save_pretrained(tmp_path / "model")
         for name in ("config.json", "model.safetensors"):
             (tmp_path / "model" / name).write_bytes((tiny_models["gpt2"] / name).read_bytes())
-        trainer = build_dpo_trainer(start_run(make_config(tmp_path / "model"), rows[:8], rows[8:12]))
+        trainer = build(start_run(make_config(tmp_path / "model"), rows[:8], rows[8:12]))
         for row, prepared in zip(rows[:8], trainer.train_dataset, strict=True):
             for side in ("chosen", "rejected"):
                 ((prompt, ids),) = encode_answers(trainer.processing_class, [(row["prompt"], row[side])])
@@ -149,16 +143,16 @@ def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, run):
 
 def test_cells_run_twice_train_once(tiny_models, rows, start_run, capsys):
     run = start_run(make_config(tiny_models["gpt2"], sft_epochs=1), rows[:8], rows[8:16])
-    warmed_up = train_sft(run)
-    trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+    warmed_up = warm_up(run)
+    trainer = train_on(run, build(run, warmed_up), warmed_up)
     before, steps = (
         {name: p.clone() for name, p in trainer.model.named_parameters()},
-        dict(run.steps_executed),
+        dict(run.progress.steps_executed),
     )
-    assert train_dpo(run, trainer, warmed_up) is trainer
+    assert train_on(run, trainer, warmed_up) is trainer
     assert "終わっています" in capsys.readouterr().out
-    again = train_dpo(run, build_dpo_trainer(run, train_sft(run)), warmed_up)
-    assert run.steps_executed == steps == {"sft": 2, "dpo": 2}
+    again = train_on(run, build(run, warm_up(run)), warmed_up)
+    assert run.progress.steps_executed == steps == {"sft": 2, "dpo": 2}
     assert all(value.equal(again.model.get_parameter(name)) for name, value in before.items())
 
 
