@@ -145,13 +145,15 @@ def hash_file(path) -> str:
 def list_files(folder) -> list[str]:
     """Return the names of all files below a folder, as a manifest has them; an unreadable folder raises OSError."""
     found = []
-    for root, _, names in os.walk(folder, onerror=_raise):
+    for root, _, names in os.walk(folder, onerror=raise_error):
         found += [(Path(root) / name).relative_to(folder).as_posix() for name in names]
     return sorted(found)
 
 
-def _raise(error: OSError):
-    raise error
+def raise_error(error: OSError):
+    """Let os.walk stop at a folder that cannot be read; a missing one is empty."""
+    if not isinstance(error, ABSENT):
+        raise error
 
 
 def write_manifest(folder: Path, **label) -> None:

@@ -15,7 +15,6 @@ from dpo_helpers.config import RunConfig
 from dpo_helpers.files import (
     is_whole,
     list_names,
-    patiently,
     read_manifest,
     verify_folder,
     write_json,
@@ -67,7 +66,7 @@ def publish_checkpoint(
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, newest first, without looking into them."""
-    named = [(name, re.fullmatch(r"(sft|dpo)-(\d{6,})", name)) for name in patiently(list_names, root)]
+    named = [(name, re.fullmatch(r"(sft|dpo)-(\d{6,})", name)) for name in list_names(root)]
     found = [(STAGES.index(match[1]), int(match[2]), name) for name, match in named if match]
     return [root / name for *_, name in sorted(found, reverse=True)]
 
@@ -83,17 +82,17 @@ def find_newest(root: Path, mirror: Path | None, report=print) -> Checkpoint | N
 
     A damaged or half-written one is announced and the one before it taken. OSError: one could not be read.
     """
-    slots = [mirror / name for name in patiently(list_names, mirror) if name in SLOT_NAMES] if mirror else []
-    manifests = {path: patiently(read_manifest, path) for path in (*list_checkpoints(root), *slots)}
+    slots = [mirror / name for name in SLOT_NAMES if name in list_names(mirror)] if mirror else []
+    manifests = {path: read_manifest(path) for path in (*list_checkpoints(root), *slots)}
     known = {path: order for path, manifest in manifests.items() if (order := order_of(manifest))}
     for path in manifests.keys() - known.keys():
         report(f"チェックポイント {path.parent.name}/{path.name} は書きかけか壊れているので使いません。")
     for path in sorted(known, key=lambda path: (known[path], path not in slots), reverse=True):
         manifest = manifests[path]
-        progress = patiently(read_progress, path, manifest) if patiently(is_whole, path, manifest) else None
+        progress = read_progress(path, manifest) if is_whole(path, manifest) else None
         if progress is not None:
             copies = [slot for slot in slots if manifests[slot] == manifest]
-            there = any(slot == path or patiently(is_whole, slot, manifest) for slot in copies)
+            there = any(slot == path or is_whole(slot, manifest) for slot in copies)
             return Checkpoint(path, manifest["stage"], manifest["step"], progress, there)
         report(
             f"チェックポイント {path.parent.name}/{path.name} は書きかけか壊れているので、その前のものを探します。"

@@ -19,7 +19,16 @@ from filelock import FileLock, Timeout
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.files import ABSENT, copy_whole, exists, list_names, patiently, read_manifest, write_json
+from dpo_helpers.files import (
+    ABSENT,
+    copy_whole,
+    exists,
+    list_names,
+    patiently,
+    raise_error,
+    read_manifest,
+    write_json,
+)
 from dpo_helpers.keep.checkpoints import (
     SLOT_NAMES,
     Checkpoint,
@@ -138,7 +147,7 @@ class Run:
     def newest(self, stage: str | None = None) -> Checkpoint | None:
         """Return this machine's newest good checkpoint, or None where that is of another stage."""
         if self._newest is None or self._newest.path not in list_checkpoints(self.checkpoints)[:1]:
-            self._newest = find_newest(self.checkpoints, None, self.announce)
+            self._newest = patiently(find_newest, self.checkpoints, None, self.announce)
         return self._newest if self._newest and stage in (None, self._newest.stage) else None
 
     @property
@@ -253,7 +262,7 @@ def open_run(
         raise UserError(f"RESUME は「自動」か「最初から」（auto か never）にしてください（指定：{resume}）。")
     roots = _check_places(folder, mirror)
     try:
-        number = _choose_number(roots, config, resume)
+        number = patiently(_choose_number, roots, config, resume)
         folder, *mirrors = places = [_add_number(root, number) for root in roots]
         if already := _open_runs.get(folder.resolve()):
             already.close()
@@ -274,9 +283,7 @@ def open_run(
 
 def _start(run: Run, mirror: Path | None, names: list[str], number: int) -> None:
     """Accept the run or raise; only then write its record, claim the mirror, and fetch what the mirror has newer."""
-    for place in filter(None, (run.folder, mirror)):
-        _check_ours(place, run.config)
-    newest = find_newest(run.checkpoints, mirror, run.announce)
+    newest = patiently(_look, run, mirror)
     if newest and (different := RunConfig().replace(newest.progress["config"]).differences(run.config)):
         raise _refuse(newest.path, different)
     records = [
@@ -305,6 +312,15 @@ def _start(run: Run, mirror: Path | None, names: list[str], number: int) -> None
             aside.rename(run.checkpoints / "base_model")
         if run.mirror and not newest.on_mirror:
             run.mirror.submit(checkpoint.path)
+
+
+def _look(run: Run, mirror: Path | None) -> Checkpoint | None:
+    """Refuse places that are not this run's; return the newest good checkpoint. It only reads."""
+    for place in filter(None, (run.folder, mirror)):
+        _check_ours(place, run.config)
+    for place in filter(None, (run.folder, run.checkpoints, mirror)):
+        _refuse_links(place)
+    return find_newest(run.checkpoints, mirror, run.announce)
 
 
 def open_shared_run(config: RunConfig, folder, machine: Machine, mirror, resume: str, clock: Stopwatch) -> Run:
@@ -382,10 +398,10 @@ def _add_number(root: Path, number: int) -> Path:
 def _find_starts(root: Path) -> dict[int, dict]:
     """Return {number: record} of the folders that say of themselves that they are starts of this one."""
     starts = {}
-    for name in patiently(list_names, root.parent):
+    for name in list_names(root.parent):
         match = re.fullmatch(r"\.([1-9]\d{0,8})", name.removeprefix(root.name)) if name != root.name else None
         if name == root.name or (match and name.startswith(root.name)):
-            record, number = patiently(read_record, root.parent / name), int(match[1]) if match else 1
+            record, number = read_record(root.parent / name), int(match[1]) if match else 1
             if record is not None and (number == 1 or (record.get("first"), record.get("number")) == (root.name, number)):
                 starts[number] = record
     return starts
@@ -396,7 +412,7 @@ def _choose_number(roots: list[Path], config: RunConfig, resume: str) -> int:
     found = [(number, root, record) for root in roots for number, record in _find_starts(root).items()]
     if resume == "never":
         number = max([0, *(number for number, *_ in found)]) + 1
-        while any(patiently(list_names, _add_number(root, number)) for root in roots):
+        while any(list_names(_add_number(root, number)) for root in roots):
             number += 1
         if number > 1:
             print(f"新しく始めます。前の結果は残し、{_add_number(roots[0], number)} を使います。")
@@ -423,8 +439,8 @@ def _differences(record: dict, config: RunConfig) -> list[str]:
 
 
 def _check_ours(place: Path, config: RunConfig) -> None:
-    """Refuse a folder that is not new, empty or a run's, and links in it that lead outside."""
-    names, record = set(patiently(list_names, place)) - {f"{RECORD}.new"}, patiently(read_record, place)
+    """Refuse a folder that is not new, empty or a run's of these settings."""
+    names, record = set(list_names(place)) - {f"{RECORD}.new"}, read_record(place)
     torn = record == {} and (names == {RECORD} or names & {"run_config.json", *SLOT_NAMES})
     if names and not record and not torn:
         if names & {"run_config.json", *SLOT_NAMES}:
@@ -438,7 +454,11 @@ def _check_ours(place: Path, config: RunConfig) -> None:
         )
     if record and (different := _differences(record, config)):
         raise _refuse(place, different)
-    for folder, folders, files in os.walk(place):
+
+
+def _refuse_links(place: Path) -> None:
+    """Refuse a folder with a link that leads outside: what is written there would be written through it."""
+    for folder, folders, files in os.walk(place, onerror=raise_error):
         for path in (Path(folder) / name for name in (*folders, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(place.resolve()):
                 raise UserError(f"{path} は外のファイルへのリンクです。書き換えないように止めました。リンクを消してください。")
@@ -448,7 +468,7 @@ def _check_ours(place: Path, config: RunConfig) -> None:
 def _locked(folder: Path):
     """Hold the lock of a run's folder on this machine; where the start is refused, leave nothing behind."""
     checkpoints = folder.with_name(f"{folder.name}.checkpoints")
-    if foreign := [name for name in list_names(checkpoints) if not OURS.fullmatch(name)]:
+    if foreign := [name for name in patiently(list_names, checkpoints) if not OURS.fullmatch(name)]:
         raise UserError(f"{checkpoints} に、学習のものではない {foreign[0]} があります。RUN_NAME に別の名前を書いてください。")
     made = [path for path in (checkpoints, *checkpoints.parents) if not exists(path)]
     checkpoints.mkdir(parents=True, exist_ok=True)
