@@ -61,16 +61,14 @@ from transformers import GPT2Config as Own, GPT2LMHeadModel as OwnModel, PreTrai
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_a_repositorys_own_code_does_not_run_even_where_the_user_would_say_yes(model, monkeypatch, name):
+def test_a_repositorys_own_code_does_not_run_even_where_the_user_would_say_yes(model, monkeypatch):
     (model / "own.py").write_text(CODE)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    settings = json.loads((model / name).read_text())
-    if name == "config.json":
-        settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
-    else:
-        settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
-    (model / name).write_text(json.dumps(settings))
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    load_base_model(make_config({"gpt2": model}))  # by the class that its configuration names
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | own))
     with pytest.raises(UserError, match="読み込めません"):
         load_base_model(make_config({"gpt2": model}))
     assert not list(model.rglob("RAN"))

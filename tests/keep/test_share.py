@@ -99,7 +99,7 @@ def test_a_merged_model_is_kept_where_it_is_this_runs_and_made_again_where_it_is
 
 
 def test_a_merge_that_was_killed_is_made_again(finished_run, tmp_path, monkeypatch):
-    def die(*_):
+    def die(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
