@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     standard error), 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # a notebook's is not a terminal's
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ascii ends no training
     arguments = make_parser().parse_args(argv)
     follows = int(os.environ.get("RANK", "0")) > 0  # one of several processes: the first one does the talking
@@ -190,8 +190,8 @@ def train(
     from dpo_helpers.judge.measure import evaluate_run
     from dpo_helpers.judge.scores import score_rows
     from dpo_helpers.judge.verdict import describe_verdict, judge
-    from dpo_helpers.keep.run import open_shared_run
     from dpo_helpers.keep.result import make_zip
+    from dpo_helpers.keep.run import open_shared_run
     from dpo_helpers.machine import Stopwatch, describe_machine, find_machine
     from dpo_helpers.model.load import load_tokenizer
     from dpo_helpers.train.stages import build_metrics, save_result, train_dpo, train_sft

@@ -1,4 +1,4 @@
-"""Reads and writes files, and folders whose manifest holds the hash of every file; nothing here knows what is in them.
+"""Reads and writes single files, and says what a disk that fails or is full did; nothing here knows what is in them.
 
 On this machine a file is written aside and renamed, so that it is whole or not there. On Google Drive, where what is
 renamed or deleted fills the bin, files are overwritten in place and read back. "Not found" alone means absent: every
@@ -9,21 +9,21 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dpo_helpers.errors import UserError
 
-MANIFEST = "manifest.json"
 PATIENCE_SECONDS = 10  # how long a read that fails is tried again: a busy mount answers after a few seconds
 ABSENT = (FileNotFoundError, NotADirectoryError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LITTLE_SPACE = 20_000_000  # bytes: with less than a small checkpoint left, a failed write is taken for a full disk
+LITTLE_SPACE = (
+    20_000_000  # bytes: with less than a small checkpoint left, a failed write is taken for a full disk
+)
 # How libraries word a disk that took no more: safetensors, torch, Python.
 FULL_TEXTS = ("os error 28", "os error 122", "os error 27", "No space left", "PytorchStreamWriter failed")
 
@@ -103,8 +103,12 @@ def write_whole(path, content: str | bytes) -> None:
         raise
 
 
+def dump_json(value) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
 def write_json(path, value) -> None:
-    write_whole(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_whole(path, dump_json(value))
 
 
 def write_rows(path, rows: list[dict]) -> None:
@@ -139,116 +143,14 @@ def hash_file(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Folders with a manifest
-
-
-def list_files(folder) -> list[str]:
-    """Return the names of all files below a folder, as a manifest has them; an unreadable folder raises OSError."""
-    found = []
-    for root, _, names in os.walk(folder, onerror=raise_error):
-        found += [(Path(root) / name).relative_to(folder).as_posix() for name in names]
-    return sorted(found)
-
-
-def raise_error(error: OSError):
-    """Let os.walk stop at a folder that cannot be read; a missing one is empty."""
-    if not isinstance(error, ABSENT):
-        raise error
-
-
-def write_manifest(folder: Path, **label) -> None:
-    """Bring a folder's files down to the disk and write their sizes and hashes, with `label`, into its manifest."""
-    files = {}
-    for name in list_files(folder):
-        if name != MANIFEST:
-            with open(folder / name, "rb") as file:
-                os.fsync(file.fileno())
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
-    write_json(folder / MANIFEST, {**label, "files": files})
-
-
-def read_manifest(folder) -> dict | None:
-    """Return a folder's manifest, or None where there is none, it is malformed, or names a file outside the folder."""
-    content = read_bytes(Path(folder) / MANIFEST)
-    try:
-        value = json.loads((content or b"").decode())
-        entries = value["files"].values()
-        well_formed = (
-            all(type(entry["bytes"]) is int and entry["bytes"] >= 0 for entry in entries)
-            and all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in entries)
-            and all(_is_inside(name) for name in value["files"])
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not JSON, or another shape
-        return None
-    return value if well_formed else None
-
-
-def _is_inside(name: str) -> bool:
-    """Tell whether a name is relative, normal, and the same on every system; a lone surrogate raises ValueError."""
-    path, _ = PurePosixPath(name), name.encode()
-    odd = path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0")
-    return not odd and str(path) == name and path.parts[:1] not in ((), (MANIFEST,))
-
-
-def is_whole(folder: Path, manifest: dict) -> bool:
-    """Tell whether every file that a manifest lists has the listed size and hash."""
-    try:
-        return all(
-            (folder / name).stat().st_size == entry["bytes"] and hash_file(folder / name) == entry["sha256"]
-            for name, entry in manifest["files"].items()
-        )
-    except (*ABSENT, IsADirectoryError):
-        return False
-
-
-def verify_folder(folder) -> dict | None:
-    """Return a folder's manifest if the folder is whole, else None."""
-    manifest = read_manifest(folder)
-    return manifest if manifest and is_whole(Path(folder), manifest) else None
-
-
-def copy_in_place(source: Path, target: Path) -> None:
-    """Overwrite a folder's files by those of a whole folder and read every byte back; OSError if anything fails.
-
-    The target has no valid manifest from before its first file changes until all its files have been compared.
-    """
-    if (manifest := read_manifest(source)) is None:
-        raise FileNotFoundError(errno.ENOENT, "no usable manifest", str(source / MANIFEST))
-    target.mkdir(exist_ok=True)  # never with parents, as in copy_file
-    write_in_place(target / MANIFEST, BytesIO(b"{}"))
-    for name in manifest["files"]:
-        (target / name).parent.mkdir(exist_ok=True)
-        with open(source / name, "rb") as content:
-            write_in_place(target / name, content)
-    if not is_whole(target, manifest):
-        raise MismatchError
-    write_in_place(target / MANIFEST, BytesIO((source / MANIFEST).read_bytes()))
-    if read_manifest(target) != manifest:
-        raise MismatchError
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a whole folder to the new folder `target`, which appears only once the copy verifies; OSError if not."""
-    aside = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        for name in (MANIFEST, *(read_manifest(source) or {"files": {}})["files"]):
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, aside / name)
-        if verify_folder(aside) is None:
-            raise MismatchError(f"{source} の内容が一致しません。")
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def move_over(source: Path, target: Path) -> None:
-    """Put a whole folder's files into `target`, which may hold others; it is whole again when the last one is there."""
-    (target / MANIFEST).unlink(missing_ok=True)
-    for name in (*read_manifest(source)["files"], MANIFEST):
-        (target / name).parent.mkdir(exist_ok=True)
-        os.replace(source / name, target / name)
-    shutil.rmtree(source)
+def hash_rows(*sides: list[dict]) -> str:
+    """Return a hash of rows, side by side and in their order."""
+    digest = hashlib.sha256()
+    for rows in sides:
+        for row in rows:
+            digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 # Files that only grow
@@ -329,3 +231,36 @@ def describe_full_disk(folder, what: str) -> UserError:
         "これまでのものは残っています。\n"
         "不要なファイルを消してから、もう一度同じように実行すると、続きから始まります。"
     )
+
+
+# What happened to a copy on Google Drive, and what to do about it
+
+FULL = "保存先の空き容量が足りません。不要なファイルを削除し、Google Drive の場合はゴミ箱も空にしてください。"
+READ_ONLY = "保存先に書き込む許可がありません（読み取り専用です）。書き込める場所を保存先にしてください。"
+LOST = (
+    "保存先につながりません。Google Drive の場合は、Drive に接続するセルと、その次のデータのセルを、"
+    "もう一度実行してください。"
+)
+MISMATCH = (
+    "保存先に書いたものを読み返すと、元の内容と一致しません。続くときは、"
+    "最後に zip をダウンロードしてください。"
+)
+LOCAL = "このマシンのチェックポイントを読めません。学習中のフォルダは、動かしたり消したりしないでください。"
+LOST_ERRORS = (errno.ENOTCONN, errno.ENOENT, errno.EIO, errno.ENODEV, errno.ESTALE, errno.ECONNABORTED)
+TEXT_OF_ERRNO = {
+    **dict.fromkeys(NO_SPACE, FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), READ_ONLY),
+    **dict.fromkeys(LOST_ERRORS, LOST),
+}
+
+
+def explain_copy(error: Exception, source: Path) -> str:
+    """Return in one Japanese line why a copy of the folder `source` failed, and what to do about it."""
+    if not isinstance(error, OSError):
+        return f"予期しないエラーです（{error!r}）。この文を添えて報告してください。"
+    if isinstance(error, MismatchError):
+        return MISMATCH
+    if error.filename and Path(error.filename).is_relative_to(source):
+        return LOCAL
+    other = f"保存先でエラーが起きました（{error}）。続くときは、最後に zip をダウンロードしてください。"
+    return TEXT_OF_ERRNO.get(error.errno, other)

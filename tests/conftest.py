@@ -103,10 +103,10 @@ def colab(tmp_path, monkeypatch):
     """
     from fake_colab import FakeColab
 
-    from dpo_helpers.keep import drive
+    from dpo_helpers import colab as colab_module
 
     fake = FakeColab(tmp_path / "colab", monkeypatch)
-    monkeypatch.setattr(drive, "DRIVE_ROOT", fake.mount_point)
+    monkeypatch.setattr(colab_module, "DRIVE_ROOT", fake.mount_point)
     (tmp_path / "content").mkdir()
     monkeypatch.chdir(tmp_path / "content")
     return fake

@@ -27,8 +27,20 @@ sys.exit(main(sys.argv[1:]))
 
 def start(tmp_path, *arguments, limit=0, **environment):
     return subprocess.Popen(
-        [sys.executable, "-c", LIMITED, str(limit), "train", "--config", str(tmp_path / "config.json"),
-         "--run-dir", str(tmp_path / "run"), "--device", "cpu", *arguments],
+        [
+            sys.executable,
+            "-c",
+            LIMITED,
+            str(limit),
+            "train",
+            "--config",
+            str(tmp_path / "config.json"),
+            "--run-dir",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dpo_helpers import files
 from dpo_helpers.errors import UserError
-from dpo_helpers.files import merge_lines, patiently, read_manifest, verify_folder, write_manifest, write_whole
+from dpo_helpers.files import merge_lines, patiently, write_whole
+from dpo_helpers.folders import read_manifest, verify_folder, write_manifest
 
 # Manifests that anybody may have written
 
@@ -70,7 +71,23 @@ def test_a_manifest_is_accepted_only_with_whole_sizes_and_names_inside_the_folde
 
 
 GOOD = {"step": 3, "files": {"a.bin": ENTRY, "ref/a..b": ENTRY, "日本語/manifest.json": ENTRY}}
-NAMES_OUTSIDE = ["..", "../x", "a/../x", "a/..", "/x", "//x", "a\\x", "..\\x", "C:/x", "C:x", "", ".", "./x", "a//x", "a/"]
+NAMES_OUTSIDE = [
+    "..",
+    "../x",
+    "a/../x",
+    "a/..",
+    "/x",
+    "//x",
+    "a\\x",
+    "..\\x",
+    "C:/x",
+    "C:x",
+    "",
+    ".",
+    "./x",
+    "a//x",
+    "a/",
+]
 
 
 def test_a_good_manifest_is_accepted():
@@ -126,7 +143,9 @@ def test_absent_is_absent_and_another_content_is_damaged(whole):
     assert verify_folder(whole) is None
 
 
-def test_a_file_that_cannot_be_written_whole_stays_as_it_was_and_leaves_nothing_beside_it(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was_and_leaves_nothing_beside_it(
+    tmp_path, monkeypatch
+):
     write_whole(tmp_path / "metrics.json", "old")
 
     def full(number):
@@ -154,7 +173,9 @@ def test_votes_of_two_machines_are_put_together_and_none_is_lost_or_doubled(tmp_
     assert merge(tmp_path, b"3\n", b"1\n2\n", send=False) == (b"1\n2\n3\n", b"1\n2\n")
     assert merge(tmp_path, b"1\n1\n", b"1\n") == (b"1\n1\n", b"1\n1\n")  # two equal votes are two
     assert merge(tmp_path, b"", b"1\n2\n") == (b"1\n2\n", b"1\n2\n")
-    assert merge(tmp_path, b'{"a": 1}\n', b'{"b": 2}\n{"c": ') == (b'{"b": 2}\n{"a": 1}\n',) * 2  # a torn line
+    assert (
+        merge(tmp_path, b'{"a": 1}\n', b'{"b": 2}\n{"c": ') == (b'{"b": 2}\n{"a": 1}\n',) * 2
+    )  # a torn line
     assert merge(tmp_path, b"2", b"1") == (b"1\n2\n",) * 2  # whole lines that lack their end
 
 
@@ -178,8 +199,10 @@ def test_votes_that_cannot_be_read_are_not_written_over(tmp_path, drive, monkeyp
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
-        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
-        Exception('Error while serializing: I/O error: No space left on device (os error 28)'),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"
+        ),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
 def test_a_full_disk_is_one_sentence_whoever_says_it(tmp_path, error):
@@ -193,4 +216,6 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
     with pytest.raises(KeyError), files.tell_full_disk(tmp_path, "結果"):
         raise KeyError("x")
     assert files.explain_error(KeyError("x")) is None
-    assert "書き込める場所" in files.explain_error(PermissionError(errno.EACCES, "Permission denied", "/cache"))
+    assert "書き込める場所" in files.explain_error(
+        PermissionError(errno.EACCES, "Permission denied", "/cache")
+    )

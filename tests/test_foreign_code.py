@@ -43,7 +43,9 @@ def test_torch_load_is_the_safe_one_everywhere():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if name == "torch.load":
-                assert any(item.arg == "weights_only" and item.value.value is True for item in node.keywords), path
+                assert any(
+                    item.arg == "weights_only" and item.value.value is True for item in node.keywords
+                ), path
             assert not name.startswith(("pickle.load", "joblib.load", "dill.")), path
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from dpo_helpers.__main__ import main as run_command
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences
-from dpo_helpers.files import verify_folder
+from dpo_helpers.folders import verify_folder
 from dpo_helpers.keep.checkpoints import SLOT_NAMES, list_checkpoints, order_of
 
 # phase -> the function that is it, and the first argument that has to be right (a stage)
@@ -118,7 +118,15 @@ def _run(root: Path, folder: Path, mirror: Path | None, notes: Path) -> None:
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
         for name, (module, function, stage) in PHASES.items():
             note_phase(name, sys.modules[module], function, stage, notes)
-        arguments = ["train", "--config", str(root.parent / "config.json"), "--run-dir", str(folder), "--device", "cpu"]
+        arguments = [
+            "train",
+            "--config",
+            str(root.parent / "config.json"),
+            "--run-dir",
+            str(folder),
+            "--device",
+            "cpu",
+        ]
         code = run_command([*arguments, *(["--mirror", str(mirror)] if mirror else [])])
         if code == 0:
             code = run_command(["merge", str(folder), str(folder.with_name("merged"))])
@@ -167,9 +175,16 @@ def read_result(folder: Path) -> dict:
     """Return what two runs are compared by: the adapters' bytes, the merged model's, and the logs without times."""
     logs = [json.loads((folder / name).read_text()) for name in ("log_history.json", "sft_log_history.json")]
     lines = [[entry for entry in log if "train_runtime" not in entry] for log in logs]
-    files = ("adapter_model.safetensors", "reference/adapter_model.safetensors", "train.jsonl", "held_out.jsonl")
+    files = (
+        "adapter_model.safetensors",
+        "reference/adapter_model.safetensors",
+        "train.jsonl",
+        "held_out.jsonl",
+    )
     return {
-        "logs": [[{k: v for k, v in e.items() if not k.endswith(NOT_COMPARED)} for e in log] for log in lines],
+        "logs": [
+            [{k: v for k, v in e.items() if not k.endswith(NOT_COMPARED)} for e in log] for log in lines
+        ],
         "merged": (folder.with_name("merged") / "model.safetensors").read_bytes(),
         **{name: (folder / name).read_bytes() for name in files},
     }
@@ -201,7 +216,9 @@ def leave(root: Path, place: str, draw: random.Random) -> tuple[Path, Path | Non
     return folder, mirror
 
 
-def kill_and_resume(root: Path, reference: dict, draw: random.Random, phase: str, sign: int, place: str, twice: bool):
+def kill_and_resume(
+    root: Path, reference: dict, draw: random.Random, phase: str, sign: int, place: str, twice: bool
+):
     """Kill one run once or twice, go on, and compare; return what happened, or None where no kill hit its phase."""
     root.mkdir()
     folder, mirror, kills = root / "run", root / "drive", []
@@ -238,7 +255,9 @@ def _stopped(folder: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30, help="runs that are killed")
     parser.add_argument("--seed", type=int, default=0)
@@ -264,7 +283,9 @@ def main() -> None:
         phase = list(PHASES)[len(done) % len(PHASES)]
         sign, place = draw.choice(SIGNALS), PLACES[len(done) % len(PLACES)]
         tries += 1
-        if outcome := kill_and_resume(root / f"{tries}", reference, draw, phase, sign, place, len(done) % 3 == 2):
+        if outcome := kill_and_resume(
+            root / f"{tries}", reference, draw, phase, sign, place, len(done) % 3 == 2
+        ):
             done.append(outcome)
             print(len(done), json.dumps(outcome), flush=True)
     summary = {

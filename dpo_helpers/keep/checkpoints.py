@@ -1,7 +1,7 @@
-"""Publishes checkpoints with a manifest, finds the newest good one, here or in the mirror, and compares adapters.
+"""Publishes checkpoints and finds the newest good one, here or in the mirror.
 
-A checkpoint is good when its hashes are right and its inside makes sense: hashes say that nothing was changed, not
-that it was ever a checkpoint.
+A checkpoint is good when its hashes are right and its inside makes sense: hashes say that nothing changed,
+not that it was ever a checkpoint.
 """
 
 import json
@@ -12,19 +12,13 @@ from io import BytesIO
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.files import (
-    is_whole,
-    list_names,
-    read_manifest,
-    verify_folder,
-    write_json,
-    write_manifest,
-)
+from dpo_helpers.files import list_names, write_json
+from dpo_helpers.folders import is_whole, read_manifest, verify_folder, write_manifest
+from dpo_helpers.model.adapters import WEIGHTS
 
 STAGES = ("sft", "dpo")  # in the order of training
 SLOT_NAMES = ("slot-0", "slot-1")  # the two copies in the mirror
-PROGRESS = "progress.json"  # what the trainer's own files do not say: settings, identity of the data, seconds
-WEIGHTS = "adapter_model.safetensors"
+PROGRESS = "progress.json"  # what the trainer's own files do not say
 NEEDED = {"adapter_config.json", WEIGHTS, "optimizer.pt", "scheduler.pt", "trainer_state.json", PROGRESS}
 
 
@@ -47,10 +41,8 @@ class Checkpoint:
         return self.stage == "dpo" and self.ends_its_stage
 
 
-def publish_checkpoint(
-    made: Path, root: Path, stage: str, step: int, progress: dict, base: Path | None = None
-) -> Path:
-    """Add what is missing to a folder that the trainer wrote, then its manifest; rename it to root/stage-step.
+def publish_checkpoint(made: Path, root: Path, stage: str, step: int, progress: dict, base=None) -> Path:
+    """Complete a folder that the trainer wrote, write its manifest, and rename it to root/stage-step.
 
     `base` is a folder to carry along: the embedded model, which no other machine could rebuild to the bit.
     """
@@ -67,12 +59,12 @@ def publish_checkpoint(
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, newest first, without looking into them."""
     named = [(name, re.fullmatch(r"(sft|dpo)-(\d{6,})", name)) for name in list_names(root)]
-    found = [(STAGES.index(match[1]), int(match[2]), name) for name, match in named if match]
-    return [root / name for *_, name in sorted(found, reverse=True)]
+    found = sorted((STAGES.index(match[1]), int(match[2]), name) for name, match in named if match)
+    return [root / name for *_, name in reversed(found)]
 
 
 def order_of(manifest: dict | None) -> tuple | None:
-    """Return the key that sorts checkpoints from the oldest to the newest; None where it is none's manifest."""
+    """Return the key that sorts checkpoints from old to new; None where it is no checkpoint's manifest."""
     stage, step = (manifest or {}).get("stage"), (manifest or {}).get("step")
     return (STAGES.index(stage), step) if stage in STAGES and type(step) is int and step >= 0 else None
 
@@ -85,25 +77,27 @@ def find_newest(root: Path, mirror: Path | None, report=print) -> Checkpoint | N
     slots = [mirror / name for name in SLOT_NAMES if name in list_names(mirror)] if mirror else []
     manifests = {path: read_manifest(path) for path in (*list_checkpoints(root), *slots)}
     known = {path: order for path, manifest in manifests.items() if (order := order_of(manifest))}
-    for path in manifests.keys() - known.keys():
-        report(f"チェックポイント {path.parent.name}/{path.name} は書きかけか壊れているので使いません。")
+    damaged = [path for path in manifests if path not in known]
+    found = None
     for path in sorted(known, key=lambda path: (known[path], path not in slots), reverse=True):
         manifest = manifests[path]
         progress = read_progress(path, manifest) if is_whole(path, manifest) else None
         if progress is not None:
             copies = [slot for slot in slots if manifests[slot] == manifest]
             there = any(slot == path or is_whole(slot, manifest) for slot in copies)
-            return Checkpoint(path, manifest["stage"], manifest["step"], progress, there)
-        report(
-            f"チェックポイント {path.parent.name}/{path.name} は書きかけか壊れているので、その前のものを探します。"
-        )
-    return None
+            found = Checkpoint(path, manifest["stage"], manifest["step"], progress, there)
+            break
+        damaged.append(path)
+    for path in damaged:
+        report(f"{path.parent.name} の {path.name} は書きかけか壊れているので、その前のものを探します。")
+    return found
 
 
 def find_valid_slots(mirror) -> list[tuple[Path, dict]]:
     """Return (slot, manifest) of the slots that verify, newest first."""
     slots = [(slot, verify_folder(slot)) for slot in (Path(mirror) / name for name in SLOT_NAMES)]
-    return sorted((found for found in slots if order_of(found[1])), key=lambda f: order_of(f[1]), reverse=True)
+    found = [(slot, manifest) for slot, manifest in slots if order_of(manifest)]
+    return sorted(found, key=lambda slot: order_of(slot[1]), reverse=True)
 
 
 def read_progress(folder: Path, manifest: dict) -> dict | None:
@@ -114,28 +108,33 @@ def read_progress(folder: Path, manifest: dict) -> dict | None:
         return None
     read = {name: (folder / name).read_bytes() for name in (*NEEDED, *states)}
     try:
-        progress, step = json.loads(read[PROGRESS]), manifest["step"]
-        _check_progress(progress, json.loads(read["trainer_state.json"]), step)
-        _check_states(read, states, step)
+        sound = _is_sound(read, manifest["step"]) and _are_states_sound(read, states, manifest["step"])
     except Exception:  # each library has its own word for nonsense; the caller announces it as damaged
-        return None
-    return progress
+        sound = False
+    return json.loads(read[PROGRESS]) if sound else None
 
 
-def _check_progress(progress: dict, state: dict, step: int) -> None:
+def _is_sound(read: dict[str, bytes], step: int) -> bool:
     from transformers import TrainerState
 
+    progress, state = json.loads(read[PROGRESS]), json.loads(read["trainer_state.json"])
     RunConfig().replace(progress["config"])
     log = TrainerState(**state).log_history
-    assert state["global_step"] == step <= progress["max_steps"] == state["max_steps"]
-    assert any("num_tokens" in entry for entry in log) and all(type(entry["step"]) is int for entry in log)
-    assert min(progress["micro_batch"], progress["eval_batch"]) >= 1 and progress["rows"] and progress["base"]
-    assert all(seconds >= 0 for seconds in progress["seconds"].values())
-    assert all(type(step) is int for step in progress["resumed_at"]) and progress["precision"]
-    assert set(progress["resumed_stages"]) <= set(STAGES) and all(map(dict, progress["sft_log"]))
+    return (
+        state["global_step"] == step <= progress["max_steps"] == state["max_steps"]
+        and any("num_tokens" in entry for entry in log)
+        and all(type(entry["step"]) is int for entry in (*log, *progress["sft_log"]))
+        and all(type(number) is int for number in progress["resumed_at"])
+        and set(progress["resumed_stages"]) <= set(STAGES)
+        and all(seconds >= 0 for seconds in progress["seconds"].values())
+        and min(progress["micro_batch"], progress["eval_batch"]) >= 1
+        and {"rows", "base", "counts"} <= set(progress["identity"])
+        and progress["precision"] in ("fp32", "fp16", "bf16")
+        and json.loads(read["adapter_config.json"])["r"] > 0
+    )
 
 
-def _check_states(read: dict[str, bytes], states: list[str], step: int) -> None:
+def _are_states_sound(read: dict[str, bytes], states: list[str], step: int) -> bool:
     """Load with torch's safe loader, which runs no code, and fit the optimizer to the adapter."""
     import torch
     from safetensors.torch import load
@@ -146,18 +145,19 @@ def _check_states(read: dict[str, bytes], states: list[str], step: int) -> None:
             return torch.load(BytesIO(read[name]), map_location="cpu", weights_only=True)
 
     weights, optimizer = load(read[WEIGHTS]), load_safely("optimizer.pt")
-    moments = [state["exp_avg"].shape for state in optimizer["state"].values()]
-    assert all("lora_" in name and value.isfinite().all() for name, value in weights.items())
-    # under fp16 the first steps may all have been skipped, and then there are no moments yet
-    assert not moments or sorted(moments) == sorted(value.shape for value in weights.values())
-    assert 0 <= load_safely("scheduler.pt")["last_epoch"] <= step
-    for name in states:
-        assert {"scale"} <= set(load_safely(name)) or {"python", "numpy", "cpu"} <= set(load_safely(name))
-    json.loads(read["adapter_config.json"])["r"]
+    moments = sorted(state["exp_avg"].shape for state in optimizer["state"].values())
+    parts = [{"scale"} if name == "scaler.pt" else {"python", "numpy", "cpu"} for name in states]
+    return (
+        all("lora_" in name and value.isfinite().all() for name, value in weights.items())
+        # under fp16 the first steps may all have been skipped, and then there are no moments yet
+        and (not moments or moments == sorted(value.shape for value in weights.values()))
+        and 0 <= load_safely("scheduler.pt")["last_epoch"] <= step
+        and all(part <= set(load_safely(name)) for part, name in zip(parts, states, strict=True))
+    )
 
 
 def prepare_resume(checkpoint: Checkpoint, precision: str) -> Path:
-    """Return the folder to resume from: without the gradient scaler's state where this machine has no scaler."""
+    """Return the folder to resume from: without the scaler's state where this machine has no scaler."""
     before, scaler = checkpoint.progress["precision"], checkpoint.path / "scaler.pt"
     if before != precision:
         print(
@@ -168,39 +168,5 @@ def prepare_resume(checkpoint: Checkpoint, precision: str) -> Path:
         return checkpoint.path
     copy = checkpoint.path.with_name("without-scaler")
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(checkpoint.path, copy, ignore=shutil.ignore_patterns("scaler.pt", "base_model"))
-    return copy
-
-
-def load_adapters(model, checkpoint: Path) -> None:
-    """Put every adapter's weights from its file into the model.
-
-    Trainer.train(resume_from_checkpoint=...) does so too, but transformers 5.15 leaves the trained one out
-    where the checkpoint holds `ref` beside it.
-    """
-    from peft import set_peft_model_state_dict
-
-    for name, weights in _read_adapters(model, checkpoint).items():
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-
-
-def find_different_adapters(model, checkpoint: Path) -> list[str]:
-    """Name the adapters whose weights in memory differ from their file in any bit."""
-    import torch
-    from peft import get_peft_model_state_dict
-
-    different = []
-    for name, weights in _read_adapters(model, checkpoint).items():
-        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        if set(held) != set(weights) or not all(torch.equal(held[key].cpu(), weights[key]) for key in weights):
-            different.append(name)
-    return different
-
-
-def _read_adapters(model, folder: Path) -> dict[str, dict]:
-    """Return the weights of each of the model's adapters; `ref` stands as `reference` in a result."""
-    from safetensors.torch import load_file
-
-    places = {name: folder if name == "default" else folder / name for name in model.peft_config}
-    found = {name: p if p.is_dir() else folder / "reference" for name, p in places.items()}
-    return {name: load_file(place / WEIGHTS) for name, place in found.items()}
+    left_out = shutil.ignore_patterns("scaler.pt", "base_model")
+    return shutil.copytree(checkpoint.path, copy, ignore=left_out)

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.keep.checkpoints import find_different_adapters
 from dpo_helpers.keep.run import Run
+from dpo_helpers.model.adapters import find_different_adapters
 
 SKIPPED_IN_A_ROW = 20  # under fp16 the scaler halves its scale at each overflow, 65536 → 1 takes 16 steps
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
 from dpo_helpers.files import describe_full_disk, is_full
-from dpo_helpers.keep.checkpoints import load_adapters, prepare_resume
+from dpo_helpers.keep.checkpoints import prepare_resume
 from dpo_helpers.keep.run import PHASES, Run
 from dpo_helpers.machine import Machine, clear_memory
+from dpo_helpers.model.adapters import load_adapters
 
 
 class Outcome(NamedTuple):

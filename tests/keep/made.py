@@ -9,20 +9,25 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.files import write_json, write_manifest
+from dpo_helpers.files import write_json
+from dpo_helpers.folders import write_manifest
 from dpo_helpers.keep.checkpoints import PROGRESS
 
 CONFIG = RunConfig(model_name="someone/model", sft_epochs=0)
-ROWS = [{"prompt": f"質問: {i}は何ですか？\n回答:\n", "chosen": "良い。", "rejected": "悪い。"} for i in range(8)]
+ROWS = [
+    {"prompt": f"質問: {i}は何ですか？\n回答:\n", "chosen": "良い。", "rejected": "悪い。"} for i in range(8)
+]
 SIDES = ROWS[:6], ROWS[6:]
 
 
-def fill_checkpoint(folder, stage="dpo", step=2, max_steps=8, config=CONFIG, **progress):
+def fill_checkpoint(folder, stage="dpo", step=2, max_steps=8, config=CONFIG, identity=None, **progress):
     """Write what the trainer would, with what the run adds to it, but no manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(step)
     shapes = {"base_model.model.layer.lora_A.weight": (2, 3), "base_model.model.layer.lora_B.weight": (3, 2)}
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: torch.randn(shape) for name, shape in shapes.items()}, folder / "adapter_model.safetensors"
+    )
     write_json(folder / "adapter_config.json", {"r": 2, "peft_type": "LORA"})
     moments = {i: {"step": step, "exp_avg": torch.zeros(shape)} for i, shape in enumerate(shapes.values())}
     torch.save({"state": moments, "param_groups": []}, folder / "optimizer.pt")
@@ -33,7 +38,8 @@ def fill_checkpoint(folder, stage="dpo", step=2, max_steps=8, config=CONFIG, **p
     state = TrainerState(global_step=step, max_steps=max_steps, log_history=log)
     state.save_to_json(str(folder / "trainer_state.json"))
     values = {"config": config.as_dict(), "max_steps": max_steps, "micro_batch": 4, "eval_batch": 8}
-    values |= {"rows": "r", "base": "b", "counts": [6, 2], "generated": True, "precision": "fp32", "sft_log": []}
+    identity = {"rows": "r", "base": "b", "counts": [6, 2]} | (identity or {})
+    values |= {"identity": identity, "generated": True, "precision": "fp32", "sft_log": []}
     values |= {"resumed_at": [], "resumed_stages": [], "seconds": {"training": 1.0}}
     write_json(folder / PROGRESS, values | progress)
     return folder
@@ -52,7 +58,12 @@ def make_result(folder, **identity):
     (folder / "reference").mkdir(exist_ok=True)
     (folder / "reference" / "adapter_model.safetensors").write_bytes(b"reference")
     write_json(folder / "metrics.json", {"steps": 8, "rows_generated": True})
-    files = {"adapter_model.safetensors", "reference/adapter_model.safetensors", "metrics.json", "run_config.json"}
+    files = {
+        "adapter_model.safetensors",
+        "reference/adapter_model.safetensors",
+        "metrics.json",
+        "run_config.json",
+    }
     write_manifest_of(folder, files, identity or {"rows": "r"})
     return folder
 
@@ -60,7 +71,9 @@ def make_result(folder, **identity):
 def write_manifest_of(folder, names, identity):
     from dpo_helpers.files import hash_file
 
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": hash_file(folder / n)} for n in sorted(names)}
+    files = {
+        n: {"bytes": (folder / n).stat().st_size, "sha256": hash_file(folder / n)} for n in sorted(names)
+    }
     (folder / "manifest.json").write_text(json.dumps({"identity": identity, "files": files}))
 
 

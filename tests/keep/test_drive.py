@@ -17,10 +17,11 @@ from faulty_drive import FAULTS, WEIGHTS, contents, fail, no_fault, steps
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_helpers.files import copy_in_place, copy_whole, read_manifest, verify_folder, write_manifest
-from dpo_helpers.keep import drive as drive_module
+from dpo_helpers.folders import copy_in_place, copy_whole, read_manifest, verify_folder, write_manifest
+from dpo_helpers import background
 from dpo_helpers.keep.checkpoints import find_valid_slots, order_of
-from dpo_helpers.keep.drive import Mirror, read_record
+from dpo_helpers.keep.drive import Mirror
+from dpo_helpers.places import read_record
 
 
 RECORD = {"format": 2, "first": "run", "number": 1, "settings": {}, "owner": "me"}
@@ -30,7 +31,9 @@ def open_mirror(folder, owner="me", report=print):
     return Mirror(folder, RECORD | {"owner": owner}, report)
 
 
-def make_checkpoint(folder, step, stage="dpo", extra=("ref/adapter_model.safetensors",), size=3000, log_size=None):
+def make_checkpoint(
+    folder, step, stage="dpo", extra=("ref/adapter_model.safetensors",), size=3000, log_size=None
+):
     """Write files of `size` bytes that depend on the step, with their manifest: what a mirror copies, unread."""
     for number, name in enumerate((WEIGHTS, "trainer_state.json", *extra)):
         length = log_size if log_size and name == "trainer_state.json" else size
@@ -129,7 +132,9 @@ def test_a_shorter_checkpoint_leaves_no_tail_of_the_longer_one(tmp_path):
 
 
 def test_a_file_larger_than_what_is_copied_at_once_is_whole(tmp_path):
-    copy_in_place(make_checkpoint(tmp_path / "local", 1, size=3 * shutil.COPY_BUFSIZE + 1), tmp_path / "slot-0")
+    copy_in_place(
+        make_checkpoint(tmp_path / "local", 1, size=3 * shutil.COPY_BUFSIZE + 1), tmp_path / "slot-0"
+    )
     assert contents(tmp_path / "slot-0") == contents(tmp_path / "local")
 
 
@@ -346,7 +351,7 @@ def test_a_slow_mirror_delays_nothing_but_itself_and_copies_only_the_newest(
     two_slots, drive, tmp_path, monkeypatch
 ):
     kept, lines = two_slots
-    monkeypatch.setattr(drive_module, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(background, "QUIET_SECONDS", 0.05)
     answers, checkpoints = (
         drive.hang(WEIGHTS),
         [make_checkpoint(tmp_path / f"local-{step}", step) for step in (3, 4, 5)],
@@ -365,7 +370,7 @@ def test_a_slow_mirror_delays_nothing_but_itself_and_copies_only_the_newest(
 
 def test_a_mirror_that_hangs_is_waited_for_once(two_slots, drive, tmp_path, monkeypatch):
     kept, lines = two_slots
-    monkeypatch.setattr(drive_module, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(background, "QUIET_SECONDS", 0.05)
     answers, last = drive.hang(WEIGHTS), make_checkpoint(tmp_path / "local-3", 3)
     kept.submit(last)
     assert kept.finish(0.2) is False and kept.hangs
@@ -478,7 +483,9 @@ def test_the_newer_notebook_takes_the_mirror_and_the_older_one_writes_no_more(tm
     assert newer.finish(5) and not newer.taken and steps(tmp_path / "drive")[0] == ("slot-0", 3)
 
 
-def test_a_token_that_cannot_be_read_stops_the_copy_and_one_that_is_torn_or_gone_is_written_again(tmp_path, drive):
+def test_a_token_that_cannot_be_read_stops_the_copy_and_one_that_is_torn_or_gone_is_written_again(
+    tmp_path, drive
+):
     kept = open_mirror(drive.root)
     for damage in (lambda path: path.write_text('{"owner": "m'), Path.unlink):
         damage(drive.root / "run.json")

@@ -14,8 +14,8 @@ from tiny_run import comparable, make_config, save, train
 
 from dpo_helpers import files
 from dpo_helpers.errors import UserError
-from dpo_helpers.files import verify_folder
-from dpo_helpers.keep import drive as drive_module
+from dpo_helpers.folders import verify_folder
+from dpo_helpers import background
 from dpo_helpers.keep.checkpoints import list_checkpoints
 from dpo_helpers.keep.result import make_zip
 
@@ -157,8 +157,8 @@ def test_training_does_not_wait_for_a_write_that_takes_long(open_tiny, finish, d
 def test_a_drive_that_hangs_is_waited_for_once_and_the_folder_is_let_go_of(
     open_tiny, finish, drive, monkeypatch, capsys
 ):
-    monkeypatch.setattr(drive_module, "FINISH_SECONDS", 0.4)
-    monkeypatch.setattr(drive_module, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(background, "FINISH_SECONDS", 0.4)
+    monkeypatch.setattr(background, "QUIET_SECONDS", 0.1)
     run, answers = open_tiny(), drive.hang(WEIGHTS)
     finish(run)
     start = time.perf_counter()
@@ -177,7 +177,9 @@ def test_a_drive_that_hangs_is_waited_for_once_and_the_folder_is_let_go_of(
 
 
 @pytest.mark.parametrize("seconds", [None, 0.5], ids=["lasting", "passing"])
-def test_a_drive_that_gives_no_answer_at_the_start_is_not_written_over(open_tiny, drive, monkeypatch, seconds):
+def test_a_drive_that_gives_no_answer_at_the_start_is_not_written_over(
+    open_tiny, drive, monkeypatch, seconds
+):
     monkeypatch.setattr(files, "PATIENCE_SECONDS", 1)
     (drive.root / "run").mkdir(parents=True)
     drive.fault = fail(errno.ENOTCONN, "stat", "list", "read", seconds=seconds)(None)

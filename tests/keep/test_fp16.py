@@ -16,7 +16,14 @@ def precision(monkeypatch):
 
 @pytest.mark.parametrize("way", [("fp16", "fp32", "fp16"), ("fp32", "fp16"), ("fp16", "fp16")], ids="-".join)
 def test_a_training_goes_on_in_another_precision_and_back(
-    tiny_models, rows, start_run, tmp_path, kill_at, precision, capsys, way  # noqa: F811
+    tiny_models,
+    rows,
+    start_run,
+    tmp_path,
+    kill_at,
+    precision,
+    capsys,
+    way,  # noqa: F811
 ):
     config = make_config(tiny_models, logging_steps=1)
     precision.choose(way[0])

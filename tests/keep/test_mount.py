@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fake_colab import ANSWERS
 
-from dpo_helpers.keep import drive as drive_module
+from dpo_helpers import colab as drive_module
 
 # Google Drive
 
@@ -30,8 +30,8 @@ def test_no_is_an_answer_and_can_be_taken_back(colab, capsys, answer):
     assert drive_module.mount_drive(True, "run") is None
     assert capsys.readouterr().out.splitlines() == [
         f"Google Drive に接続できませんでした（{ANSWERS[answer]}）。学習はこのまま続けられます。",
-        "使いたい場合は、このセルをもう一度実行して許可し、次のデータのセルも順に実行してください。",
-        "使わない場合、このマシンはあとで消えるので、最後に zip をダウンロードしてください。",
+        "使うなら、このセルをもう一度実行して許可し、次のデータのセルも順に実行してください。",
+        "使わないなら、このマシンはあとで消えるので、最後に zip をダウンロードしてください。",
     ]
     colab.answer = "yes"
     assert drive_module.mount_drive(True, "run") == colab.drive / "dpo_runs" / "run" and colab.asked == 2

@@ -11,7 +11,9 @@ from made import CONFIG, SIDES, contents, make_checkpoint, make_result
 
 from dpo_helpers import files
 from dpo_helpers.errors import UserError
-from dpo_helpers.keep.result import download_file, load_run, make_zip
+from dpo_helpers.folders import verify_folder
+from dpo_helpers.colab import download_file
+from dpo_helpers.keep.result import load_run, make_zip
 from dpo_helpers.keep.run import open_run
 from dpo_helpers.machine import find_machine
 
@@ -39,7 +41,7 @@ def start(tmp_path, monkeypatch):
 def delivered(start):
     """A run whose result and checkpoint are here and on Drive."""
     run = start()
-    run.mirror.submit(make_checkpoint(run.checkpoints / "dpo-000008", step=8, rows=run.progress.identity["rows"]))
+    run.mirror.submit(make_checkpoint(run.checkpoints / "dpo-000008", step=8, identity=run.progress.identity))
     make_result(run.folder, **run.progress.identity)
     assert run.deliver()
     run.close()
@@ -63,7 +65,9 @@ def empty(path):
 
 @pytest.mark.parametrize("name", [ADAPTER, "metrics.json", "manifest.json", f"reference/{ADAPTER}"])
 @pytest.mark.parametrize("harm", [empty, Path.unlink])
-def test_a_damaged_result_is_repaired_from_the_mirror_and_never_overwrites_it(delivered, start, tmp_path, name, harm):
+def test_a_damaged_result_is_repaired_from_the_mirror_and_never_overwrites_it(
+    delivered, start, tmp_path, name, harm
+):
     good = contents(tmp_path / "drive")
     harm(delivered.folder / name)
     assert delivered.deliver() is False and contents(tmp_path / "drive") == good
@@ -82,17 +86,31 @@ def test_a_damaged_result_without_a_mirror_is_made_again_from_the_checkpoint(del
 
 def test_a_new_machine_gets_the_whole_result(delivered, start):
     again = start("new machine")
-    assert again.read_finished()["steps"] == 8 and (again.folder / "reference" / ADAPTER).read_bytes() == b"reference"
+    assert (
+        again.read_finished()["steps"] == 8
+        and (again.folder / "reference" / ADAPTER).read_bytes() == b"reference"
+    )
 
 
 def test_a_half_delivered_result_is_not_taken_and_is_made_whole(delivered, start, tmp_path):
     (tmp_path / "drive" / "manifest.json").write_text("{}")
     assert start("new machine").read_finished() is None
-    assert start().deliver() and files.verify_folder(tmp_path / "drive")
+    assert start().deliver() and verify_folder(tmp_path / "drive")
 
 
-OPERATIONS = [("read", ADAPTER), ("read", "metrics.json"), ("read", "manifest.json"), ("read", "run.json"), ("list", "")]
-OPERATIONS += [("stat", ADAPTER), ("read", "optimizer.pt"), ("read", "progress.json"), ("read", "votes.jsonl")]
+OPERATIONS = [
+    ("read", ADAPTER),
+    ("read", "metrics.json"),
+    ("read", "manifest.json"),
+    ("read", "run.json"),
+    ("list", ""),
+]
+OPERATIONS += [
+    ("stat", ADAPTER),
+    ("read", "optimizer.pt"),
+    ("read", "progress.json"),
+    ("read", "votes.jsonl"),
+]
 
 
 @pytest.mark.parametrize(("operation", "name"), OPERATIONS)
@@ -128,7 +146,10 @@ def test_what_cannot_be_read_is_not_written_over(
 
 
 def test_votes_on_drive_come_to_a_new_machine_and_are_never_fewer(delivered, start, tmp_path):
-    votes, drive = [json.dumps({"vote": number}) + "\n" for number in range(51)], tmp_path / "drive" / "votes.jsonl"
+    votes, drive = (
+        [json.dumps({"vote": number}) + "\n" for number in range(51)],
+        tmp_path / "drive" / "votes.jsonl",
+    )
     drive.write_text("".join(votes[:50]))
     again = start("new machine")
     with open(again.folder / "votes.jsonl", "a") as file:
@@ -149,7 +170,7 @@ def test_the_zip_is_the_result_and_verifies_when_it_is_unpacked(delivered, tmp_p
     assert archive == tmp_path / "run.zip"
     zipfile.ZipFile(archive).extractall(tmp_path / "out")
     names = [ADAPTER, "manifest.json", "metrics.json", f"reference/{ADAPTER}", "run_config.json"]
-    assert list(contents(tmp_path / "out" / "run")) == names and files.verify_folder(tmp_path / "out" / "run")
+    assert list(contents(tmp_path / "out" / "run")) == names and verify_folder(tmp_path / "out" / "run")
     before = archive.read_bytes()
     assert make_zip(delivered.folder) == archive and len(archive.read_bytes()) == len(before)
 
@@ -160,7 +181,9 @@ def test_a_zip_of_the_users_of_the_same_name_stays(delivered, tmp_path):
     (tmp_path / "run-2.zip").write_bytes(b"no zip at all")
     before = (tmp_path / "run.zip").read_bytes()
     assert make_zip(delivered.folder) == tmp_path / "run-3.zip" == make_zip(delivered.folder)
-    assert (tmp_path / "run.zip").read_bytes() == before and (tmp_path / "run-2.zip").read_bytes() == b"no zip at all"
+    assert (tmp_path / "run.zip").read_bytes() == before and (
+        tmp_path / "run-2.zip"
+    ).read_bytes() == b"no zip at all"
 
 
 def test_a_zip_that_does_not_fit_leaves_the_earlier_one(delivered, monkeypatch):
@@ -189,10 +212,14 @@ def test_a_download_is_sent_when_wanted(colab, capsys):
     assert capsys.readouterr().out == "ダウンロードはしていません。ファイルは run.zip にあります。\n"
 
 
-def test_where_the_machine_alone_has_the_result_the_end_says_that_it_goes_away_and_how_to_get_it(colab, capsys):
+def test_where_the_machine_alone_has_the_result_the_end_says_that_it_goes_away_and_how_to_get_it(
+    colab, capsys
+):
     download_file("run.zip", wanted=False)
     text = capsys.readouterr().out
-    assert "しばらくすると消えます" in text and '{"download_zip": True}' in text and "「ダウンロード」" in text
+    assert (
+        "しばらくすると消えます" in text and '{"download_zip": True}' in text and "「ダウンロード」" in text
+    )
 
 
 def test_off_colab_a_download_says_where_the_file_lies(capsys):

@@ -13,10 +13,8 @@ from made import CONFIG, ROWS, SIDES, contents, fill_checkpoint, make_checkpoint
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
 from dpo_helpers.files import write_json
-from dpo_helpers.keep.run import hash_rows, open_run
+from dpo_helpers.keep.run import open_run
 from dpo_helpers.machine import find_machine
-
-ROWS_HASH = hash_rows(*SIDES)
 
 
 @pytest.fixture
@@ -37,7 +35,9 @@ def start(tmp_path, monkeypatch):
 
 def tree(root):
     """Return every path below a folder with its content, to see that nothing changed."""
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+    return {
+        str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))
+    }
 
 
 # Only what is ours is written over
@@ -62,7 +62,9 @@ def test_a_folder_of_the_users_is_left_as_it_is(start, tmp_path, place):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(("folder", "mirror"), [("run", "run/copy"), ("a/run", "a"), ("run", "run.checkpoints/m"), ("r", "r")])
+@pytest.mark.parametrize(
+    ("folder", "mirror"), [("run", "run/copy"), ("a/run", "a"), ("run", "run.checkpoints/m"), ("r", "r")]
+)
 def test_a_mirror_inside_the_run_or_around_it_is_refused(start, tmp_path, folder, mirror):
     before = tree(tmp_path)
     with pytest.raises(UserError, match="互いの外に"):
@@ -75,9 +77,13 @@ def test_a_link_that_leads_outside_is_refused(start, tmp_path, place):
     start(tmp_path / "run", mirror=tmp_path / "drive").close()
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "metrics.json").write_text("secret")
-    link = tmp_path / place / ("dpo-000002" if "check" in place else "slot-0" if place == "drive" else "reference")
+    link = (
+        tmp_path
+        / place
+        / ("dpo-000002" if "check" in place else "slot-0" if place == "drive" else "reference")
+    )
     link.symlink_to(tmp_path / "secret", target_is_directory=True)
-    with pytest.raises(UserError, match="外のファイルへのリンクです"):
+    with pytest.raises(UserError, match="外のファイルへのリンク"):
         start(tmp_path / "run", mirror=tmp_path / "drive")
     assert contents(tmp_path / "secret") == {"metrics.json": b"secret"}
 
@@ -94,7 +100,12 @@ def test_a_folder_reached_by_a_link_is_the_folder_itself(start, tmp_path):
 def test_what_the_version_before_left_is_explained_and_not_touched(start, tmp_path, place):
     old = tmp_path / "old"
     (old / "checkpoints" / "dpo-000025").mkdir(parents=True)
-    for name in ("run_config.json", "run.lock", "adapter_model.safetensors", "checkpoints/dpo-000025/manifest.json"):
+    for name in (
+        "run_config.json",
+        "run.lock",
+        "adapter_model.safetensors",
+        "checkpoints/dpo-000025/manifest.json",
+    ):
         (old / name).write_text("{}")
     before = tree(tmp_path)
     with pytest.raises(UserError, match="前のバージョンのノートブック"):
@@ -183,10 +194,12 @@ time.sleep(60)
 
 def test_two_processes_on_one_folder_are_one_too_many_and_a_killed_one_lets_go(start, tmp_path):
     root = str(Path(__file__).parents[2])
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run"), root], stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run"), root], stdout=subprocess.PIPE
+    )
     assert holder.stdout.readline() == b"open\n"
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="別のノートブックかターミナルが学習に使っています"):
+    with pytest.raises(UserError, match="別のノートブックかターミナルが使っています"):
         start(tmp_path / "run", CONFIG.replace({"beta": 0.3}).replace({"beta": 0.1}))
     assert tree(tmp_path) == before
     holder.kill()
@@ -243,7 +256,9 @@ def save(name, value):
 
 SENSELESS = {
     "empty weights": rewrite("adapter_model.safetensors", lambda content: b""),
-    "weights of another kind": rewrite("adapter_model.safetensors", lambda c: c.replace(b"lora_A", b"hada_A")),
+    "weights of another kind": rewrite(
+        "adapter_model.safetensors", lambda c: c.replace(b"lora_A", b"hada_A")
+    ),
     "a checkpoint of another step": edit("trainer_state.json", global_step=7),
     "a log of numbers": edit("trainer_state.json", log_history=[1, 2]),
     "no log": edit("trainer_state.json", log_history=[]),
@@ -252,7 +267,9 @@ SENSELESS = {
     "seconds of text": edit("progress.json", seconds={"training": "long"}),
     "nested progress": rewrite("progress.json", lambda content: b"[" * 10_000),
     "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
-    "an optimizer of another shape": save("optimizer.pt", {"state": {}, "param_groups": 3} | {"state": {0: {}}}),
+    "an optimizer of another shape": save(
+        "optimizer.pt", {"state": {}, "param_groups": 3} | {"state": {0: {}}}
+    ),
     "an optimizer that runs code": save("optimizer.pt", {"state": print}),
     "a schedule that is ahead": save("scheduler.pt", {"last_epoch": 99}),
     "random states of nobody": save("rng_state.pth", [1, 2, 3]),
@@ -262,7 +279,7 @@ SENSELESS = {
 
 @pytest.mark.parametrize("name", SENSELESS)
 def test_a_checkpoint_that_is_whole_and_senseless_gives_way_to_the_one_before(start, tmp_path, capsys, name):
-    from dpo_helpers.files import write_manifest
+    from dpo_helpers.folders import write_manifest
 
     run = start(tmp_path / "run")
     make_checkpoint(run.checkpoints / "dpo-000002", step=2)
@@ -340,7 +357,7 @@ def test_a_base_from_a_mirror_is_used_by_this_run_alone(start, tmp_path, monkeyp
     made = fill_checkpoint(run.checkpoints / "dpo-000002", config=config)
     (made / "base_model").mkdir()
     (made / "base_model" / "model.safetensors").write_bytes(b"foreign")
-    from dpo_helpers.files import write_manifest
+    from dpo_helpers.folders import write_manifest
 
     write_manifest(made, stage="dpo", step=2)
     run.mirror.submit(made)

@@ -14,7 +14,7 @@ from tiny_run import make_config
 from dpo_helpers.__main__ import main, train
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.files import verify_folder
+from dpo_helpers.folders import verify_folder
 from dpo_helpers.judge.verdict import LABEL_NAMES
 from dpo_helpers.keep.result import make_zip
 from dpo_helpers.keep.share import make_model_card, merge_adapter, push_to_hub
@@ -76,10 +76,17 @@ def test_a_folder_of_the_users_is_not_written_over(finished_run, tmp_path):
     for name in ("mine", "model"):
         with pytest.raises(UserError, match="空ではないので、上書きしません"):
             merge_adapter(finished_run[0], tmp_path / name)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "model.partial", "notes.txt", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "mine",
+        "model.partial",
+        "notes.txt",
+        "notes.txt",
+    ]
 
 
-def test_a_merged_model_is_kept_where_it_is_this_runs_and_made_again_where_it_is_not(finished_run, tmp_path, capsys):
+def test_a_merged_model_is_kept_where_it_is_this_runs_and_made_again_where_it_is_not(
+    finished_run, tmp_path, capsys
+):
     run, target = tmp_path / "run", tmp_path / "model"
     shutil.copytree(finished_run[0], run)
     merge_adapter(run, target)
@@ -88,7 +95,10 @@ def test_a_merged_model_is_kept_where_it_is_this_runs_and_made_again_where_it_is
     assert (target / "model.safetensors").stat().st_ino == inode and "すでにある" in capsys.readouterr().out
     (target / "config.json").write_text("{")  # a half one
     merge_adapter(run, target)
-    assert json.loads((target / "config.json").read_text()) and (target / "model.safetensors").read_bytes() == first
+    assert (
+        json.loads((target / "config.json").read_text())
+        and (target / "model.safetensors").read_bytes() == first
+    )
     weights = load_file(run / "adapter_model.safetensors")
     save_file({name: value * 2 for name, value in weights.items()}, run / "adapter_model.safetensors")
     with pytest.raises(UserError, match="結果が壊れています"):
@@ -129,7 +139,7 @@ def test_a_merge_that_changes_the_model_is_refused(finished_run, tmp_path):
         f"{name}.lora_B.weight": torch.randn(size["vocab_size"], rank) * 0.1,
     }
     save_file(lora, run / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"1 トークンあたり .* nat 違うので、使いません"):
+    with pytest.raises(UserError, match=r"1 トークンあたり .* nat 違います。使いません"):
         merge_adapter(run, tmp_path / "model")
     assert not (tmp_path / "model").exists() and not (tmp_path / "model.partial").exists()
 
@@ -144,9 +154,7 @@ def test_the_card_says_what_the_files_say(finished_run, hub_run, merged):
         "| `lora_scale` | 2.0 |",
     ):
         assert figure in card
-    assert (
-        f"自動生成した行です。学習 {150 - held_out['rows']} 行、評価 {held_out['rows']} 行。" in card
-    )
+    assert f"自動生成した行です。学習 {150 - held_out['rows']} 行、評価 {held_out['rows']} 行。" in card
     assert (
         f"## 自動の判定：{LABEL_NAMES[finished_run[1]['verdict']['label']]}\n" in card and "## 限界" in card
     )
@@ -170,7 +178,10 @@ def test_what_is_shared_of_the_users_own_rows_are_counts_alone(hub_run, hub):
     sent = fake.sent["files"]
     for text in (card, *(content.decode("utf-8", "replace") for content in sent.values())):
         assert "山田" not in text and "090" not in text and str(hub_run.parent) not in text
-    assert "学習した人が用意した行です" in card and json.loads(sent["metrics.json"])["held_out"] == metrics["held_out"]
+    assert (
+        "学習した人が用意した行です" in card
+        and json.loads(sent["metrics.json"])["held_out"] == metrics["held_out"]
+    )
 
 
 def test_the_card_of_an_older_run_has_no_verdict(hub_run):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_helpers.data import upload
+from dpo_helpers import colab as upload
 from dpo_helpers.errors import UserError
-from dpo_helpers.keep.drive import mount_drive
+from dpo_helpers.colab import mount_drive
 
 
 def test_without_an_upload_the_form_says_which_file(colab):
