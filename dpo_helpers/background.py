@@ -1,4 +1,4 @@
-"""Does one job after another in a thread behind the program's back; of those that wait, only the newest counts."""
+"""Does one job after another in a thread of its own; of those that wait, only the newest counts."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ FINISH_SECONDS = 300  # a mount that hangs never answers, so waiting for it need
 
 
 class NewestJob:
-    """One daemon thread that calls `work` with the newest submitted job, and again at finish() where it failed.
+    """One daemon thread that calls `work` with the newest submitted job, again at finish() where it failed.
 
     `work` returns whether the job is done, and a line to report or None; it raises nothing. `hangs` says that
     finish() has waited in vain for a job that still goes on.

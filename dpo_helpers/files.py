@@ -1,8 +1,8 @@
-"""Reads and writes single files, and says what a disk that fails or is full did; nothing here knows what is in them.
+"""Reads and writes single files, and says what a disk that fails did; nothing here knows what is in them.
 
-On this machine a file is written aside and renamed, so that it is whole or not there. On Google Drive, where what is
-renamed or deleted fills the bin, files are overwritten in place and read back. "Not found" alone means absent: every
-other error is raised, so that nobody takes for missing what could only not be read.
+On this machine a file is written aside and renamed, so that it is whole or not there. On Google Drive, where
+what is renamed or deleted fills the bin, files are overwritten in place and read back. "Not found" alone is
+absent: every other error is raised, so that nobody takes for missing what could only not be read.
 """
 
 import errno
@@ -89,7 +89,7 @@ def patiently(read, *arguments):
 
 
 def write_whole(path, content: str | bytes) -> None:
-    """Write a file aside, down to the disk, and rename it: a process killed meanwhile leaves no half of it."""
+    """Write a file aside, down to the disk, and rename it: a process that is killed leaves no half of it."""
     aside = Path(f"{path}.new")
     try:
         with open(aside, "wb") as file:
@@ -126,9 +126,9 @@ def write_in_place(path: Path, source) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file over another and read it back; raises OSError where that does not work or does not match.
+    """Copy a file over another and read it back; OSError where that does not work or does not match.
 
-    Makes the target's folder, but never one above it: a lost mount would be replaced by a folder on this machine.
+    Makes the target's folder, but never one above it: a folder of this machine would replace a lost mount.
     """
     target.parent.mkdir(exist_ok=True)
     with open(source, "rb") as content:
@@ -165,7 +165,7 @@ def read_lines(path) -> list[bytes]:
 
 
 def merge_lines(here: Path, there: Path, send: bool) -> None:
-    """Let `here` hold every line of both files, and `there` too if `send`: what only grows is never shortened.
+    """Let `here` hold every line of both files, and `there` too if `send`: neither is ever shortened.
 
     Lines that are there already stay in front, so that they need not be written again.
     """
@@ -214,13 +214,17 @@ def tell_full_disk(folder, what: str):
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Say in one sentence what a disk, a cache or a home that cannot be written did; None for any other error."""
+    """Say in one sentence what a disk or a cache that cannot be written did; None for any other error."""
     if is_full(".", error):
-        return "ディスク（または割り当て）がいっぱいです。不要なファイルを消してから、もう一度同じように実行してください。"
+        return (
+            "ディスク（または割り当て）がいっぱいです。"
+            "不要なファイルを消してから、もう一度同じように実行してください。"
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
         return (
-            f"{error.filename or 'ファイル'} を読み書きできません（{error.strerror}）。権限と空き容量を確かめるか、"
-            "書き込める場所を指定してください（キャッシュの場所は、環境変数 XDG_CACHE_HOME と HF_HOME で変えられます）。"
+            f"{error.filename or 'ファイル'} を読み書きできません（{error.strerror}）。"
+            "権限を確かめるか、書き込める場所を指定してください"
+            "（キャッシュの場所は、環境変数 XDG_CACHE_HOME と HF_HOME で変えられます）。"
         )
     return None
 

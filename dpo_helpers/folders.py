@@ -8,17 +8,18 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
-from dpo_helpers.files import ABSENT, MismatchError, hash_file, read_bytes, write_in_place, write_json
+from dpo_helpers.files import ABSENT, MismatchError, exists, hash_file, read_bytes, write_in_place, write_json
 
 MANIFEST = "manifest.json"
-LOCK = "run.lock"
+ZIP_MARK = b"dpo_helpers"  # the comment of a zip that is ours to write over
 
 
 def list_files(folder) -> list[str]:
-    """Return the names of all files below a folder, as a manifest has them; an unreadable folder raises OSError."""
+    """Return the names of all files below a folder, as a manifest has them; OSError: unreadable."""
     found = []
     for root, _, names in os.walk(folder, onerror=raise_error):
         found += [(Path(root) / name).relative_to(folder).as_posix() for name in names]
@@ -32,7 +33,7 @@ def raise_error(error: OSError):
 
 
 def write_manifest(folder: Path, **label) -> None:
-    """Bring a folder's files down to the disk and write their sizes and hashes, with `label`, into its manifest."""
+    """Bring a folder's files down to the disk, and their sizes and hashes, with `label`, in its manifest."""
     files = {}
     for name in list_files(folder):
         if name != MANIFEST:
@@ -43,7 +44,7 @@ def write_manifest(folder: Path, **label) -> None:
 
 
 def read_manifest(folder) -> dict | None:
-    """Return a folder's manifest, or None where there is none, it is malformed, or names a file outside the folder."""
+    """Return a folder's manifest, or None where it is missing, malformed, or names a file outside."""
     content = read_bytes(Path(folder) / MANIFEST)
     try:
         value = json.loads((content or b"").decode())
@@ -59,7 +60,7 @@ def read_manifest(folder) -> dict | None:
 
 
 def _is_inside(name: str) -> bool:
-    """Tell whether a name is relative, normal, and the same on every system; a lone surrogate raises ValueError."""
+    """Tell whether a name is relative, normal, and the same everywhere; a lone surrogate is a ValueError."""
     path, _ = PurePosixPath(name), name.encode()
     odd = path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0")
     return not odd and str(path) == name and path.parts[:1] not in ((), (MANIFEST,))
@@ -83,9 +84,9 @@ def verify_folder(folder) -> dict | None:
 
 
 def copy_in_place(source: Path, target: Path) -> None:
-    """Overwrite a folder's files by those of a whole folder and read every byte back; OSError if anything fails.
+    """Overwrite a folder's files by those of a whole folder and read every byte back; OSError if that fails.
 
-    The target has no valid manifest from before its first file changes until all its files have been compared.
+    The target has no valid manifest from before its first file changes until all files have been compared.
     """
     if (manifest := read_manifest(source)) is None:
         raise FileNotFoundError(errno.ENOENT, "no usable manifest", str(source / MANIFEST))
@@ -103,7 +104,7 @@ def copy_in_place(source: Path, target: Path) -> None:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a whole folder to the new folder `target`, which appears only once the copy verifies; OSError if not."""
+    """Copy a whole folder to the new folder `target`, which appears when the copy verifies, or OSError."""
     aside = target.with_name(f"{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -118,9 +119,31 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def move_over(source: Path, target: Path) -> None:
-    """Put a whole folder's files into `target`, which may hold others; it is whole again when the last one is there."""
+    """Move a whole folder's files into `target`, which may hold others; the manifest comes last."""
     (target / MANIFEST).unlink(missing_ok=True)
     for name in (*read_manifest(source)["files"], MANIFEST):
         (target / name).parent.mkdir(exist_ok=True)
         os.replace(source / name, target / name)
     shutil.rmtree(source)
+
+
+def write_zip(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write {name: content} as a zip beside a folder and return its path; a file that is not ours stays."""
+    archive, number, aside = folder.with_name(f"{folder.name}.zip"), 1, folder / "zip.partial"
+    while exists(archive) and not _is_our_zip(archive):
+        number += 1
+        archive = folder.with_name(f"{folder.name}-{number}.zip")
+    with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.comment = ZIP_MARK
+        for name, content in files.items():
+            packed.writestr(f"{folder.name}/{name}", content)
+    aside.replace(archive)
+    return archive
+
+
+def _is_our_zip(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as packed:
+            return packed.comment == ZIP_MARK
+    except (zipfile.BadZipFile, IsADirectoryError):
+        return False

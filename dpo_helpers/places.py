@@ -1,11 +1,12 @@
-"""Says which folders a start may use: names, whose they are by their run.json, links, and this machine's lock.
+"""Says which folders a start may use: their names, whose they are, links, and this machine's lock.
 
-A folder is a run's by what stands in it, never by its name: `v3.2` is a fresh start of `v3` where its record says so.
+A folder is a run's by its run.json, not by its name: `v3.2` is a start of `v3` only where its record says so.
 """
 
 import errno
 import json
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dpo_helpers.folders import raise_error
 RECORD = "run.json"  # says whose folder it is: the run it is a start of, its settings, the owner's token
 FORMAT = 2  # of run.json; what an older notebook left has none
 LOCK = "run.lock"
+OURS = re.compile(rf"(sft|dpo)-\d+(\.partial)?|writing-\w+|warmed-up|without-scaler|base_model\w*|{LOCK}")
 REMAINS = {"run_config.json", "slot-0", "slot-1"}  # what is in a folder that some version of ours wrote
 FRESH = "RESUME を「最初から」（ターミナルでは --resume never）にしてください。"
 OTHER_NAME = "RUN_NAME（ターミナルでは --run-dir か --mirror）に、新しいフォルダの名前を書いてください。"
@@ -73,7 +75,7 @@ def _find_starts(root: Path) -> dict[int, dict]:
 
 
 def choose_number(roots: list[Path], config: RunConfig, resume: str) -> int:
-    """Return which start of the name to go on with, or the first free one where a fresh start is asked for."""
+    """Return which start of the name to go on with, or the first free one for a fresh start."""
     found = [(number, root, record) for root in roots for number, record in _find_starts(root).items()]
     if resume == "never":
         number = max([0, *(number for number, *_ in found)]) + 1
@@ -103,6 +105,10 @@ def _differences(record: dict, config: RunConfig) -> list[str]:
 
 def check_ours(place: Path, config: RunConfig) -> None:
     """Refuse a folder that is not new, empty, or a run's of these settings."""
+    if foreign := [name for name in list_names(find_checkpoints(place)) if not OURS.fullmatch(name)]:
+        raise UserError(
+            f"{find_checkpoints(place)} に、学習のものではない {foreign[0]} があります。{OTHER_NAME}"
+        )
     names, record = set(list_names(place)) - {f"{RECORD}.new"}, read_record(place)
     remains = names & REMAINS
     if record and (different := _differences(record, config)):
@@ -121,7 +127,7 @@ def check_ours(place: Path, config: RunConfig) -> None:
 
 
 def make_absolute(name) -> Path:
-    """Return the absolute path of a folder that a user named; refuse what is no name, or the working folder's."""
+    """Return the absolute path of a folder that a user named; refuse what is no name of its own."""
     path = Path(os.path.abspath(os.path.expanduser(str(name))))
     try:
         os.lstat(f"{path}.checkpoints")
@@ -131,7 +137,7 @@ def make_absolute(name) -> Path:
             raise UserError(text) from None
     if str(name).strip() in ("", ".", "..") or Path.cwd().is_relative_to(path):
         raise UserError(
-            f"「{name}」は作業中のフォルダを指すので使えません。RUN_NAME に、run のような名前を書いてください。"
+            f"「{name}」は作業中のフォルダなので使えません。RUN_NAME に、run のような名前を書いてください。"
         )
     return path
 
@@ -142,13 +148,13 @@ def refuse_links(folder: Path) -> None:
         for path in (Path(root) / name for name in (*folders, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
                 raise UserError(
-                    f"{path} は外のファイルへのリンクなので、書き換えないように止めました。リンクを消してください。"
+                    f"{path} は外のファイルへのリンクなので、書き換えません。リンクを消してください。"
                 )
 
 
 @contextmanager
 def hold_lock(folder: Path, called: Path):
-    """Hold this machine's lock on a folder, made if need be; where the body raises, let go and leave nothing new.
+    """Hold this machine's lock on a folder, made if need be; where the body raises, leave nothing new.
 
     `called` is what messages call it. The lock is the caller's to release where the body does not raise.
     """
@@ -159,7 +165,7 @@ def hold_lock(folder: Path, called: Path):
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"フォルダ {called} は、別のノートブックかターミナルが使っています。結果が混ざるので、始めません。\n"
+            f"フォルダ {called} は、別のノートブックかターミナルが使っています。混ざるので、始めません。\n"
             "そちらを止めるか、別の名前（例：run-2）を RUN_NAME に書いてから、もう一度実行してください。"
         ) from None
     try:
@@ -172,3 +178,14 @@ def hold_lock(folder: Path, called: Path):
             with suppress(OSError):  # not empty: it was not refused, but cut off later
                 path.rmdir()
         raise
+
+
+def explain_unreadable(error: OSError, place: Path) -> UserError:
+    """Return what to say where a start cannot know what is there already, and so must not begin."""
+    return UserError(
+        f"{error.filename or place} を読み書きできません（{error.strerror or error}）。"
+        "前の続きがあるかもしれないので、まだ始めません。\n"
+        "少し待って、もう一度実行してください。続くときは、書き込める場所を RUN_DIR に指定してください。"
+        "Google Drive なら、接続するセルからやり直すか、"
+        "USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
+    )

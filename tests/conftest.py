@@ -172,3 +172,23 @@ def finished_run(tmp_path_factory):
         checkpoint_steps=10,
     )
     return folder, train(config, folder, device="cpu")
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """A function that makes the training of one stage die in the middle of a step."""
+    from tiny_run import Killed
+    from transformers import Trainer
+
+    def arm(stage, step):
+        original = Trainer.training_step
+
+        def training_step(self, *arguments, **options):
+            if self.args.output_dir.endswith(stage) and self.state.global_step == step:
+                monkeypatch.setattr(Trainer, "training_step", original)
+                raise Killed
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(Trainer, "training_step", training_step)
+
+    return arm

@@ -56,7 +56,7 @@ class Drive:
         return watched
 
     def hang(self, *names):
-        """Let writes to files of these names wait for the event that is returned; `hangs` is set once one does."""
+        """Let writes to files of these names wait for the returned event; `hangs` is set once one does."""
         answers, self.hangs = threading.Event(), threading.Event()
 
         def fault(operation, path, data):
@@ -138,7 +138,7 @@ def fill_up(share):
 
 
 def fail(number, *operations, name="", seconds=None):
-    """Let operations fail, on files of one name if it is given, and only for so many seconds from the first time."""
+    """Let operations fail, on files of one name where it is given, and for so many seconds from the first."""
     begun = []
 
     def fault(operation, path, data):

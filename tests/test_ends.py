@@ -1,4 +1,4 @@
-"""However a command ends (full disk, Ctrl-C, a terminal that knows only ascii): one sentence, and the right exit code."""
+"""However a command ends (full disk, Ctrl-C, an ascii terminal): one sentence, and the right exit code."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def start(tmp_path, *arguments, limit=0, **environment):
 
 def end(process, code):
     """Return standard error of a process that must end with `code`, without a traceback."""
-    output, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == code, error.decode("utf-8", "replace")[-3000:]
     assert b"Traceback" not in error
     return error.decode("utf-8", "replace")

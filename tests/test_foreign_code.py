@@ -1,4 +1,4 @@
-"""Code that is not ours never runs: not a repository's, not a pickle's, and no weights that only seem to fit."""
+"""Code that is not ours never runs: no repository's, no pickle's; and no weights that only seem to fit."""
 
 import ast
 import json
@@ -13,12 +13,12 @@ from dpo_helpers.errors import UserError
 from dpo_helpers.model.load import load_base_model, load_tokenizer
 
 PACKAGE = Path(__file__).parent.parent / "dpo_helpers"
-# Of these, from_pretrained opens an adapter's file on a model that is loaded already: it knows no remote code.
+# An adapter's file is opened on a model that is loaded already: no remote code is known there.
 HARMLESS = {"PeftModel"}
 
 
 def find_loading_calls() -> list[tuple[str, ast.Call]]:
-    """Return (file and line, call) of everything in the package that loads a configuration, tokenizer or model."""
+    """Return (file and line, call) of everything that loads a configuration, tokenizer or model."""
     calls = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -14,26 +14,23 @@ import tempfile
 import time
 from pathlib import Path
 
+from dpo_helpers import folders
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences, split_rows
-from dpo_helpers.keep import mirror
 from dpo_helpers.keep.run import open_run
 from dpo_helpers.machine import find_machine
 from dpo_helpers.tables import quiet_libraries
-from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo
+from dpo_helpers.train.stages import train_dpo
+from dpo_helpers.train.trainers import build_dpo_trainer
 
 
 def measure(config: RunConfig, sides, with_checkpoints: bool) -> float:
     """Return the seconds of one DPO training, the mirror's last wait left out."""
     with tempfile.TemporaryDirectory() as folder:
-        run = open_run(
-            config,
-            Path(folder) / "run",
-            find_machine("cpu"),
-            Path(folder) / "drive" if with_checkpoints else None,
-        )
-        run.use_rows(*sides)
-        trainer = build_dpo_trainer(run)
+        machine, mirror = find_machine("cpu"), Path(folder) / "drive" if with_checkpoints else None
+        run = open_run(config, Path(folder) / "run", machine, mirror)
+        run.check_rows(*sides)
+        trainer = build_dpo_trainer(run, config, machine, *sides)
         trainer.args.eval_strategy, trainer.args.eval_on_start = (
             "no",
             False,
@@ -41,7 +38,7 @@ def measure(config: RunConfig, sides, with_checkpoints: bool) -> float:
         if not with_checkpoints:
             trainer.args.save_strategy = "no"
         start = time.perf_counter()
-        train_dpo(run, trainer)
+        train_dpo(run, config, machine, *sides, trainer)
         seconds = time.perf_counter() - start
         run.close()
     return seconds
@@ -62,13 +59,13 @@ def main() -> None:
     sides = split_rows(
         generate_preferences(config.num_samples, config.seed), config.held_out_fraction, config.seed
     )
-    write = mirror.write_in_place
+    write = folders.write_in_place
 
     def write_slowly(path, source):
         time.sleep(arguments.slow)
         write(path, source)
 
-    mirror.write_in_place = write_slowly
+    folders.write_in_place = write_slowly
     measure(config, sides, True)  # caches and imports
     seconds = {False: [], True: []}
     for _ in range(arguments.rounds):

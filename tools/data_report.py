@@ -30,7 +30,7 @@ from dpo_helpers.judge.baselines import (
     share_right,
 )
 from dpo_helpers.judge.scores import SIDES, score_rows, summarize_by, summarize_scores
-from dpo_helpers.keep.storage import load_run
+from dpo_helpers.keep.result import load_run
 from dpo_helpers.model.load import load_tokenizer
 from dpo_helpers.data.look import KIND_NAMES, pick_rows, quiet_libraries, tabulate_stages
 from tools.bench_data import measure

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dpo_helpers.judge.answers import check_answer
-from dpo_helpers.keep.storage import load_run
+from dpo_helpers.keep.result import load_run
 from dpo_helpers.data.look import pick_rows, quiet_libraries, tabulate_stages
 
 

@@ -1,11 +1,11 @@
-"""Kill real trainings in every phase, go on from what is left, and compare every byte with one that nothing disturbed.
+"""Kill real trainings in every phase, go on from what is left, and compare with an undisturbed one.
 
     python tools/soak.py FOLDER [--kills 30] [--seed 0]
 
-Each run is a process of its own that notes when a phase begins and ends; a kill counts only where the process was alive
-and in the phase that was meant. SIGKILL, SIGTERM and SIGINT take turns, every third run is killed twice, and it goes on
-from a copy of the mirror alone, from the local folder alone, or from both with one slot damaged. Ends with 1 at the
-first difference. Figures go to FOLDER/soak.json.
+Each run is a process that notes when a phase begins and ends; a kill counts only where the process was alive
+and in the phase that was meant. SIGKILL, SIGTERM and SIGINT are mixed, every third run is killed twice; it goes
+on from the mirror alone, the local folder alone, or both with one slot damaged. Ends with 1 at the first
+byte that differs. Figures go to FOLDER/soak.json.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from dpo_helpers.__main__ import main as run_command
@@ -53,7 +52,7 @@ SETTINGS = {
 
 
 def make_model(folder: Path) -> RunConfig:
-    """Write a random two-layer GPT-2 with a small tokenizer that knows Japanese; return the settings to train it."""
+    """Write a random two-layer GPT-2 with a small Japanese tokenizer; return the settings to train it."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -113,9 +112,13 @@ def _run(root: Path, folder: Path, mirror: Path | None, notes: Path) -> None:
     code = 99
     try:
         output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        for number in (1, 2):
+            os.dup2(output, number)
+        sync = os.fsync
+        os.fsync = lambda number: (
+            time.sleep(0.01),
+            sync(number),
+        )  # a slow disk: writes last long enough to hit
         for name, (module, function, stage) in PHASES.items():
             note_phase(name, sys.modules[module], function, stage, notes)
         arguments = [
@@ -131,8 +134,7 @@ def _run(root: Path, folder: Path, mirror: Path | None, notes: Path) -> None:
         if code == 0:
             code = run_command(["merge", str(folder), str(folder.with_name("merged"))])
     finally:
-        with suppress(Exception):
-            sys.stdout.flush()
+        sys.stdout.flush()
         os._exit(code)
 
 
@@ -157,7 +159,7 @@ def note_phase(name: str, module, function: str, stage: str | None, notes: Path)
 
 
 def kill(process: Process, phase: str, number: int, delay: float, sign: int) -> bool:
-    """Kill a process `delay` seconds into its `number`-th time in a phase; return whether it was alive and in it."""
+    """Kill a process `delay` seconds into its `number`-th time in a phase; return whether it was in it."""
     while process.poll() is None:
         begun = [begin for name, begin, _ in process.read_phases() if name == phase]
         if len(begun) > number and time.monotonic() >= begun[number] + delay:
@@ -172,7 +174,7 @@ def kill(process: Process, phase: str, number: int, delay: float, sign: int) -> 
 
 
 def read_result(folder: Path) -> dict:
-    """Return what two runs are compared by: the adapters' bytes, the merged model's, and the logs without times."""
+    """Return what two runs are compared by: the bytes of the weights and rows, and the logs without times."""
     logs = [json.loads((folder / name).read_text()) for name in ("log_history.json", "sft_log_history.json")]
     lines = [[entry for entry in log if "train_runtime" not in entry] for log in logs]
     files = (
@@ -209,7 +211,8 @@ def leave(root: Path, place: str, draw: random.Random) -> tuple[Path, Path | Non
         shutil.rmtree(mirror, ignore_errors=True)
         return folder, None
     else:
-        files = [path for path in sorted(mirror.glob(f"{draw.choice(SLOT_NAMES)}/*")) if path.stat().st_size]
+        slot = mirror / draw.choice(SLOT_NAMES)
+        files = [path for path in sorted(slot.rglob("*")) if path.is_file() and path.stat().st_size]
         if files:
             damaged = draw.choice(files)
             damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -226,7 +229,7 @@ def kill_and_resume(
         spans = [end - begin for name, begin, end in reference["phases"] if name == phase]
         chosen = draw.randrange(len(spans)) if not number else 0
         process = Process(root, folder, mirror)
-        if kill(process, phase, chosen, draw.random() * spans[chosen] * 0.8, sign):
+        if kill(process, phase, chosen, draw.random() * spans[chosen] * 0.6, sign):
             kills.append([phase, signal.Signals(sign).name])
         folder, mirror = leave(root, place, draw)
     if not kills:

@@ -22,8 +22,9 @@ TEXT = """---
 
 # {base} を DPO で学習した{kind}
 
-ベースモデル {base} を、{warm_up}DPO（Direct Preference Optimization、{epochs:g} エポック、
-LoRA のランク {rank}）で学習しました。このカードは学習の記録（`run_config.json`、`metrics.json`）から自動で作りました。
+ベースモデル {base} を、{warm_up}DPO（Direct Preference Optimization）
+{epochs:g} エポック（LoRA のランク {rank}）で学習しました。
+このカードは学習の記録（`run_config.json`、`metrics.json`）から自動で作りました。
 
 ## 使い方
 

@@ -8,13 +8,12 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.files import list_names, write_json
 from dpo_helpers.folders import is_whole, read_manifest, verify_folder, write_manifest
-from dpo_helpers.model.adapters import WEIGHTS
+from dpo_helpers.model.adapters import WEIGHTS, are_states_sound
 
 STAGES = ("sft", "dpo")  # in the order of training
 SLOT_NAMES = ("slot-0", "slot-1")  # the two copies in the mirror
@@ -108,7 +107,7 @@ def read_progress(folder: Path, manifest: dict) -> dict | None:
         return None
     read = {name: (folder / name).read_bytes() for name in (*NEEDED, *states)}
     try:
-        sound = _is_sound(read, manifest["step"]) and _are_states_sound(read, states, manifest["step"])
+        sound = _is_sound(read, manifest["step"]) and are_states_sound(read, states, manifest["step"])
     except Exception:  # each library has its own word for nonsense; the caller announces it as damaged
         sound = False
     return json.loads(read[PROGRESS]) if sound else None
@@ -131,28 +130,6 @@ def _is_sound(read: dict[str, bytes], step: int) -> bool:
         and {"rows", "base", "counts"} <= set(progress["identity"])
         and progress["precision"] in ("fp32", "fp16", "bf16")
         and json.loads(read["adapter_config.json"])["r"] > 0
-    )
-
-
-def _are_states_sound(read: dict[str, bytes], states: list[str], step: int) -> bool:
-    """Load with torch's safe loader, which runs no code, and fit the optimizer to the adapter."""
-    import torch
-    from safetensors.torch import load
-    from transformers.trainer_pt_utils import safe_globals
-
-    def load_safely(name):
-        with safe_globals():
-            return torch.load(BytesIO(read[name]), map_location="cpu", weights_only=True)
-
-    weights, optimizer = load(read[WEIGHTS]), load_safely("optimizer.pt")
-    moments = sorted(state["exp_avg"].shape for state in optimizer["state"].values())
-    parts = [{"scale"} if name == "scaler.pt" else {"python", "numpy", "cpu"} for name in states]
-    return (
-        all("lora_" in name and value.isfinite().all() for name, value in weights.items())
-        # under fp16 the first steps may all have been skipped, and then there are no moments yet
-        and (not moments or moments == sorted(value.shape for value in weights.values()))
-        and 0 <= load_safely("scheduler.pt")["last_epoch"] <= step
-        and all(part <= set(load_safely(name)) for part, name in zip(parts, states, strict=True))
     )
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
@@ -18,13 +17,20 @@ from dpo_helpers.files import (
     write_json,
     write_rows,
 )
-from dpo_helpers.folders import MANIFEST, copy_in_place, copy_whole, move_over, verify_folder, write_manifest
+from dpo_helpers.folders import (
+    MANIFEST,
+    copy_in_place,
+    copy_whole,
+    move_over,
+    verify_folder,
+    write_manifest,
+    write_zip,
+)
 from dpo_helpers.judge.public import make_public
-from dpo_helpers.model.adapters import WEIGHTS, find_different_adapters
+from dpo_helpers.model.adapters import WEIGHTS, load_adapted
 
 VOTES = ("votes.jsonl", "votes_without_row.jsonl")  # they only grow, and are no part of the manifest
 BASE_MODEL = "base_model"  # holds the embedded model, which no other machine could download
-ZIP_MARK = b"dpo_helpers"  # the comment of a zip that is ours to write over
 SAVE_AGAIN = "保存のセル（ターミナルでは同じ train）をもう一度実行してください。"
 
 
@@ -74,7 +80,7 @@ def save_run(run, trainer, metrics: dict, logs: tuple, rows: tuple = (), draw=No
 
 
 def read_result(folder: Path, mirror: Path | None) -> dict | None:
-    """Return metrics.json of a finished result, fetched from the mirror if it is not whole here; else None."""
+    """Return metrics.json of a finished result, fetched from the mirror if it is not whole here, or None."""
     if patiently(verify_folder, folder) is None:
         if exists(folder / MANIFEST):
             print(f"{folder} の結果は書きかけか壊れているので、コピーかチェックポイントから作り直します。")
@@ -116,8 +122,6 @@ def load_run(folder):
 
     A warmed-up reference, where the run has one, is loaded beside the trained adapter under the name `ref`.
     """
-    from peft import PeftModel
-
     from dpo_helpers.model.load import find_model, load_tokenizer, load_weights
 
     folder = Path(folder)
@@ -129,18 +133,7 @@ def load_run(folder):
         )
     config, base = RunConfig.load(folder / "run_config.json"), folder / BASE_MODEL
     model = load_weights(base if base.is_dir() else find_model(config.model_name), config.model_name)
-    try:
-        model = PeftModel.from_pretrained(model, folder, use_safetensors=True)
-        if exists(folder / "reference" / WEIGHTS):
-            model.load_adapter(folder / "reference", adapter_name="ref", use_safetensors=True)
-        fits = not find_different_adapters(model, folder)
-    except Exception as error:  # whatever PEFT and safetensors make of a damaged or foreign adapter
-        raise UserError(f"{folder} のアダプターを読めません（{error}）。{SAVE_AGAIN}") from error
-    if not fits:
-        raise UserError(
-            f"{folder} のアダプターの重みは、ベースモデルと名前が合いません。別のモデルのものです。"
-        )
-    return model, load_tokenizer(str(folder)), config
+    return load_adapted(model, folder), load_tokenizer(str(folder)), config
 
 
 def make_zip(folder) -> Path:
@@ -148,26 +141,9 @@ def make_zip(folder) -> Path:
     folder = Path(folder).resolve()
     if (manifest := verify_folder(folder)) is None:
         raise UserError(f"{folder} の結果が書きかけか壊れています。{SAVE_AGAIN}")
-    archive, number, aside = folder.with_name(f"{folder.name}.zip"), 1, folder / "zip.partial"
-    while exists(archive) and not _is_our_zip(archive):
-        number += 1
-        archive = folder.with_name(f"{folder.name}-{number}.zip")
     files = {name: make_public(folder, name) for name in manifest["files"]}
     listed = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
     files[MANIFEST] = dump_json(manifest | {"files": listed})
     files |= {name: content for name in VOTES if (content := read_bytes(folder / name)) is not None}
     with tell_full_disk(folder, " zip "):
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as packed:
-            packed.comment = ZIP_MARK
-            for name, content in files.items():
-                packed.writestr(f"{folder.name}/{name}", content)
-        aside.replace(archive)
-    return archive
-
-
-def _is_our_zip(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as packed:
-            return packed.comment == ZIP_MARK
-    except (zipfile.BadZipFile, IsADirectoryError):
-        return False
+        return write_zip(folder, files)

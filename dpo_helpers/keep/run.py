@@ -3,7 +3,6 @@
 Nothing is written before the folder is locked and the run accepted: a start that is refused changes nothing.
 """
 
-import re
 import secrets
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -13,19 +12,18 @@ from pathlib import Path
 from dpo_helpers import places
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.files import exists, hash_rows, list_names, patiently, write_json
+from dpo_helpers.files import exists, hash_rows, patiently, read_lines, write_json
 from dpo_helpers.folders import copy_whole, read_manifest
 from dpo_helpers.keep.checkpoints import Checkpoint, find_newest, list_checkpoints, publish_checkpoint
 from dpo_helpers.keep.drive import Mirror, TakenError
-from dpo_helpers.keep.result import deliver_result, deliver_votes, read_result
+from dpo_helpers.keep.result import VOTES, deliver_result, deliver_votes, read_result
 from dpo_helpers.machine import Machine, Stopwatch, choose_micro_batch
 from dpo_helpers.model.adapters import hash_base
-from dpo_helpers.places import FORMAT, FRESH, LOCK, RECORD, find_checkpoints, make_refusal
+from dpo_helpers.places import FORMAT, FRESH, RECORD, find_checkpoints, make_refusal
 
 RESUME_CHOICES = {"自動": "auto", "最初から": "never"}
 PHASES = {"sft": "sft", "dpo": "training"}  # which of metrics.json's seconds a stage's training counts into
 STAGE_NAMES = {"sft": "教師あり学習", "dpo": "DPO"}
-OURS = re.compile(rf"(sft|dpo)-\d+(\.partial)?|writing-\w+|warmed-up|without-scaler|base_model\w*|{LOCK}")
 _open_runs: dict[Path, "Run"] = {}  # a cell that is run twice must not leave a lock and a mirror behind
 
 
@@ -230,13 +228,7 @@ def open_run(
             run.lock = lock
             _start(run, mirrors[0] if mirrors else None, [root.name for root in roots], number)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or roots[0]} を読み書きできません（{error.strerror or error}）。"
-            "前の続きがあるかもしれないので、まだ始めません。何も書き換えていません。\n"
-            "少し待って、もう一度実行してください。続くときは、書き込める場所を RUN_DIR に指定してください。"
-            "Google Drive なら、接続するセルからやり直すか、"
-            "USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
-        ) from error
+        raise places.explain_unreadable(error, roots[0]) from error
     _open_runs[folder.resolve()] = run
     return run
 
@@ -246,12 +238,8 @@ def _start(run: Run, mirror: Path | None, names: list[str], number: int) -> None
     newest = patiently(_look, run, mirror)
     if newest and (different := RunConfig().replace(newest.progress["config"]).differences(run.config)):
         raise make_refusal(newest.path, different)
-    common = {
-        "format": FORMAT,
-        "number": number,
-        "owner": secrets.token_hex(8),
-        "settings": run.config.as_dict(),
-    }
+    common = {"format": FORMAT, "number": number, "settings": run.config.as_dict()}
+    common |= {"owner": secrets.token_hex(8)}
     run.folder.mkdir(exist_ok=True)
     write_json(run.folder / RECORD, common | {"first": names[0]})
     if not exists(run.folder / "run_config.json"):
@@ -275,15 +263,14 @@ def _start(run: Run, mirror: Path | None, names: list[str], number: int) -> None
 
 
 def _look(run: Run, mirror: Path | None) -> Checkpoint | None:
-    """Refuse places that are not this run's; return the newest good checkpoint. It only reads."""
-    if foreign := [name for name in list_names(run.checkpoints) if not OURS.fullmatch(name)]:
-        raise UserError(
-            f"{run.checkpoints} に、学習のものではない {foreign[0]} があります。{places.OTHER_NAME}"
-        )
+    """Refuse places that are not this run's or cannot be read; return the newest good checkpoint."""
     for place in filter(None, (run.folder, mirror)):
         places.check_ours(place, run.config)
     for place in filter(None, (run.folder, run.checkpoints, mirror)):
         places.refuse_links(place)
+        read_manifest(place)
+    for name in VOTES if mirror else ():
+        read_lines(mirror / name)
     return find_newest(run.checkpoints, mirror, run.announce)
 
 
@@ -298,9 +285,8 @@ def open_shared_run(
     run = open_run(config, folder, machine, mirror, resume, clock) if processes.is_main_process else None
     if processes.num_processes == 1:
         return run
-    (chosen,) = broadcast_object_list(
-        [run and run.folder]
-    )  # a fresh start has another folder than was asked for
+    # a fresh start has another folder than was asked for
+    (chosen,) = broadcast_object_list([run and run.folder])
     if run is None:
         run = Run(chosen, config, machine, clock)
         if checkpoint := run.newest():

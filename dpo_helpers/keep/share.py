@@ -4,7 +4,6 @@ import fnmatch
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
@@ -20,6 +19,7 @@ from dpo_helpers.files import (
     write_whole,
 )
 from dpo_helpers.folders import read_manifest, verify_folder, write_manifest
+from dpo_helpers.hub import check_name, send_files
 from dpo_helpers.judge.public import MERGE_FIRST, is_on_the_hub, make_card, make_public
 from dpo_helpers.keep.result import load_run
 from dpo_helpers.model.adapters import WEIGHTS
@@ -90,7 +90,7 @@ def _merge_into(aside: Path, folder: Path) -> None:
     if not worst <= TOLERANCE:
         shutil.rmtree(aside)
         raise UserError(
-            f"一つにしたモデルの対数確率が、アダプターと 1 トークンあたり {worst:.4f} nat 違います。使いません。\n"
+            f"一つにしたモデルの対数確率が、アダプターと 1 トークンで {worst:.4f} nat 違うので使いません。\n"
             "入力と出力で同じ重みを使う層（lm_head や wte）に LoRA を付けると起こります。"
             "LORA_TARGETS を all-linear にして学習し直すか、アダプターのまま使ってください。"
         )
@@ -140,18 +140,12 @@ def push_to_hub(folder, repo: str, dry_run: bool = True, public: bool = False) -
 
     The dry run, which is the default, only shows what would be sent. Rows and settings are never sent.
     """
-    from huggingface_hub.utils import validate_repo_id
-
     folder, card = Path(folder), make_model_card(folder)
     if exists(folder / "adapter_config.json"):
         adapter = json.loads((folder / "adapter_config.json").read_bytes())
         if not is_on_the_hub(adapter["base_model_name_or_path"]):
             raise UserError(MERGE_FIRST)
-    try:
-        validate_repo_id(repo)
-    except ValueError:
-        text = "は使えません。「ユーザー名/モデル名」の形に、英数字と - _ . で書いてください。"
-        raise UserError(f"リポジトリの名前 {repo} {text}") from None
+    check_name(repo)
     names = [n for n in list_names(folder) if any(fnmatch.fnmatch(n, pattern) for pattern in SHARED)]
     contents = {CARD: card.encode()} | {n: make_public(folder, n) for n in names if n.endswith(".json")}
     print(f"送り先：https://huggingface.co/{repo}（{'公開' if public else '非公開（自分だけ）'}）")
@@ -163,38 +157,5 @@ def push_to_hub(folder, repo: str, dry_run: bool = True, public: bool = False) -
     if dry_run:
         print("まだ何も送っていません。内容を読み、データの出どころを書き足す必要がないか確かめてください。")
         return names
-    with tempfile.TemporaryDirectory() as staged:
-        for name in names:
-            if name in contents:
-                (Path(staged) / name).write_bytes(contents[name])
-            else:
-                (Path(staged) / name).symlink_to((folder / name).resolve())
-        _send(staged, repo, public)
-    print(f"送りました：https://huggingface.co/{repo}")
+    send_files(folder, names, contents, repo, public)
     return names
-
-
-def _send(staged: str, repo: str, public: bool) -> None:
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    if get_token() is None:
-        raise UserError(
-            "Hugging Face のトークンがありません。https://huggingface.co/settings/tokens で Write の権限の"
-            "トークンを作り、Colab では左の鍵の印（シークレット）に HF_TOKEN の名前で入れて、"
-            "ほかでは hf auth login を実行してください。"
-        )
-    try:
-        HfApi().create_repo(repo, private=not public, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=staged, commit_message="DPO で学習したモデルを追加")
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            advice = "書き込む権限がありません。トークンの Write の権限と、ユーザー名を確かめてください"
-        else:
-            advice = f"エラーが返りました（{error}）。少し待ってから、もう一度実行してください"
-        raise UserError(f"{repo}：{advice}。") from error
-    except (OSError, HTTPError) as error:
-        raise UserError(
-            f"Hugging Face Hub に送れませんでした（{error}）。ネットワークを確かめて、"
-            "もう一度実行してください（送り終えた分は送り直しません）。"
-        ) from error

@@ -66,9 +66,9 @@ def load_base_model(config: RunConfig, machine: Machine | None = None, folder: P
 
 
 def load_weights(folder, name: str, **options):
-    """Return a model in float32 from safetensors files whose names all fit it; `name` is what messages call it.
+    """Return a model in float32 from safetensors files that fit it; `name` is what messages call it.
 
-    transformers would fill what it misses with random numbers, and run a repository's own code where that is wanted.
+    transformers would fill what it misses with random numbers, and run a repository's own code if allowed to.
     """
     import torch
     from huggingface_hub.errors import HTTPError
@@ -88,7 +88,8 @@ def load_weights(folder, name: str, **options):
         raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
     if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
         raise UserError(
-            f"モデル {name} の重みの名前か形が、設定（config.json）と合いません（{len(wrong)} 個。最初：{wrong[0]}）。"
+            f"モデル {name} の重みの名前か形が、設定（config.json）と合いません"
+            f"（{len(wrong)} 個。最初：{wrong[0]}）。"
             f"足りない重みは乱数になるので、読み込みません。別のモデルを選んでください。{CHOICES}"
         )
     return model

@@ -1,6 +1,6 @@
 """The mixed precision of a T4 on the CPU: fp16 autocast and a real GradScaler, through accelerate's own code.
 
-It shows what is scaled, skipped, saved and restored; it computes slowly, and says nothing of kernels or memory.
+It shows what is scaled, skipped, saved and restored; it says nothing of kernels, speed or memory.
 """
 
 import torch
@@ -10,7 +10,7 @@ from dpo_helpers import machine
 
 
 class FakeFp16:
-    """Makes this machine train in a precision: `choose("fp16")` as a T4, `choose("fp32")` as the CPU that it is."""
+    """Makes this machine train in a precision: choose("fp16") as a T4, choose("fp32") as the CPU it is."""
 
     def __init__(self, monkeypatch, init_scale: float = 65536.0):
         self.monkeypatch, self.init_scale = monkeypatch, init_scale

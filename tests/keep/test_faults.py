@@ -12,10 +12,9 @@ import pytest
 from faulty_drive import FAULTS, WEIGHTS, fail, no_fault, steps
 from tiny_run import comparable, make_config, save, train
 
-from dpo_helpers import files
+from dpo_helpers import background, files
 from dpo_helpers.errors import UserError
 from dpo_helpers.folders import verify_folder
-from dpo_helpers import background
 from dpo_helpers.keep.checkpoints import list_checkpoints
 from dpo_helpers.keep.result import make_zip
 

@@ -1,4 +1,4 @@
-"""A finished result is verified, repaired and delivered like a checkpoint; what leaves the machine tells nothing of it."""
+"""A finished result is verified, repaired and delivered like a checkpoint, and packed without the machine."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from made import CONFIG, SIDES, contents, make_checkpoint, make_result
 from dpo_helpers import files
 from dpo_helpers.errors import UserError
 from dpo_helpers.folders import verify_folder
-from dpo_helpers.colab import download_file
 from dpo_helpers.keep.result import load_run, make_zip
 from dpo_helpers.keep.run import open_run
 from dpo_helpers.machine import find_machine
@@ -119,7 +118,7 @@ OPERATIONS += [
 def test_what_cannot_be_read_is_not_written_over(
     delivered, start, tmp_path, monkeypatch, operation, name, place, seconds
 ):
-    """Whatever fails at a start: nothing changes but whose run it is, and a fault that passes is waited for."""
+    """Whatever fails at a start, nothing changes but whose run it is; a fault that passes is waited for."""
     from faulty_drive import Drive
 
     for folder in (delivered.folder, tmp_path / "drive"):
@@ -202,29 +201,6 @@ def test_a_damaged_result_is_not_packed(delivered):
     empty(delivered.folder / ADAPTER)
     with pytest.raises(UserError, match="保存のセル"):
         make_zip(delivered.folder)
-
-
-def test_a_download_is_sent_when_wanted(colab, capsys):
-    Path("run.zip").write_bytes(b"zip")
-    download_file(Path("run.zip"), wanted=True)
-    assert colab.sent == ["run.zip"] and capsys.readouterr().out == ""
-    download_file("run.zip", wanted=False, kept=True)
-    assert capsys.readouterr().out == "ダウンロードはしていません。ファイルは run.zip にあります。\n"
-
-
-def test_where_the_machine_alone_has_the_result_the_end_says_that_it_goes_away_and_how_to_get_it(
-    colab, capsys
-):
-    download_file("run.zip", wanted=False)
-    text = capsys.readouterr().out
-    assert (
-        "しばらくすると消えます" in text and '{"download_zip": True}' in text and "「ダウンロード」" in text
-    )
-
-
-def test_off_colab_a_download_says_where_the_file_lies(capsys):
-    download_file("run.zip", wanted=True)
-    assert "run.zip にあります" in capsys.readouterr().out
 
 
 def test_an_incomplete_run_names_what_is_missing(tmp_path):

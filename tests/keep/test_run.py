@@ -19,7 +19,7 @@ from dpo_helpers.machine import find_machine
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """A function that opens a run on the CPU with the working folder beside it; all are closed after the test."""
+    """A function that opens a run on the CPU, the working folder beside it; all are closed after the test."""
     opened = []
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -165,7 +165,7 @@ def test_settings_that_were_cut_off_are_written_again(start, tmp_path):
     run.close()
     for place in ("run", "drive"):
         (tmp_path / place / "run.json").write_text('{"format": 2, "fir')
-    with pytest.raises(UserError, match="beta: 0.1 → 0.3"):  # the checkpoint's own settings decide
+    with pytest.raises(UserError, match=r"beta: 0\.1 → 0\.3"):  # the checkpoint's own settings decide
         start(tmp_path / "run", CONFIG.replace({"beta": 0.3}), mirror=tmp_path / "drive")
     assert start(tmp_path / "run", mirror=tmp_path / "drive").newest().step == 2
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"] == CONFIG.as_dict()

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 import torch
 from made import contents
 from safetensors.torch import load_file, save_file
@@ -139,7 +138,7 @@ def test_a_merge_that_changes_the_model_is_refused(finished_run, tmp_path):
         f"{name}.lora_B.weight": torch.randn(size["vocab_size"], rank) * 0.1,
     }
     save_file(lora, run / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"1 トークンあたり .* nat 違います。使いません"):
+    with pytest.raises(UserError, match=r"1 トークンで .* nat 違うので使いません"):
         merge_adapter(run, tmp_path / "model")
     assert not (tmp_path / "model").exists() and not (tmp_path / "model.partial").exists()
 

@@ -1,10 +1,9 @@
-"""A checkpoint of a T4 (fp16) goes on on a CPU and back, with the gradient scaler's state where there is a scaler."""
+"""A checkpoint of a T4 (fp16) goes on on a CPU and back, with the scaler's state where there is a scaler."""
 
 import pytest
 import torch
 from gpu.fake_fp16 import FakeFp16
-from test_resume import Killed, kill_at  # noqa: F401, the fixture
-from tiny_run import losses, make_config, train, weights
+from tiny_run import Killed, losses, make_config, train, weights
 
 pytestmark = pytest.mark.versions
 
@@ -16,14 +15,7 @@ def precision(monkeypatch):
 
 @pytest.mark.parametrize("way", [("fp16", "fp32", "fp16"), ("fp32", "fp16"), ("fp16", "fp16")], ids="-".join)
 def test_a_training_goes_on_in_another_precision_and_back(
-    tiny_models,
-    rows,
-    start_run,
-    tmp_path,
-    kill_at,
-    precision,
-    capsys,
-    way,  # noqa: F811
+    tiny_models, rows, start_run, tmp_path, kill_at, precision, capsys, way
 ):
     config = make_config(tiny_models, logging_steps=1)
     precision.choose(way[0])
