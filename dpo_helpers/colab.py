@@ -83,9 +83,7 @@ def choose_data_file(path: str, upload: bool, mirror: Path | None) -> str:
         kept = _find_free_name(mirror.parent / "data" / own.name, content)
         copy_file(own, kept)
     except OSError as error:
-        print(
-            f"Google Drive にコピーできませんでした（{error}）。切断に備えて、元のファイルを手元に残してください。"
-        )
+        print(f"Google Drive にコピーできませんでした（{error}）。元のファイルを手元に残してください。")
         return str(own)
     print(
         f"コピーを {kept} に置きました。次からは UPLOAD_FILE をオフにして、DATA_FILE にこのパスを書けます。"

@@ -4,8 +4,8 @@
 
 Each run is a process that notes when a phase begins and ends; a kill counts only where the process was alive
 and in the phase that was meant. SIGKILL, SIGTERM and SIGINT are mixed, every third run is killed twice; it goes
-on from the mirror alone, the local folder alone, or both with one slot damaged. Ends with 1 at the first
-byte that differs. Figures go to FOLDER/soak.json.
+on from the mirror alone, the local folder alone, or both with one slot damaged. Ends with 1 at the first byte
+that differs. Figures go to FOLDER/soak.json.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def leave(root: Path, place: str, draw: random.Random) -> tuple[Path, Path | Non
 def kill_and_resume(
     root: Path, reference: dict, draw: random.Random, phase: str, sign: int, place: str, twice: bool
 ):
-    """Kill one run once or twice, go on, and compare; return what happened, or None where no kill hit its phase."""
+    """Kill one run once or twice, go on, and compare; return what happened, None where no kill hit."""
     root.mkdir()
     folder, mirror, kills = root / "run", root / "drive", []
     for number in range(2 if twice else 1):

@@ -122,7 +122,7 @@ def test_a_merge_that_was_killed_is_made_again(finished_run, tmp_path, monkeypat
 
 @pytest.mark.versions
 def test_a_merge_that_changes_the_model_is_refused(finished_run, tmp_path):
-    """LoRA on one side of tied embeddings alone: merged into the one tensor that both are, it changes both."""
+    """LoRA on one side of tied embeddings: merged into the one tensor that both are, it changes both."""
     run = tmp_path / "run"
     shutil.copytree(finished_run[0], run)
     (run / "manifest.json").unlink()
