@@ -8,43 +8,21 @@ DEMO = outputs/demo
 REAL_MODEL = outputs/models/smollm2-135m
 SHAPE_MODEL = outputs/models/dialogpt-shape
 
-.PHONY: demo demo-again demo-killed demo-experiment test test-colab test-environments test-browser lint notebooks recipe-search soak bench-checkpoints bench-data bench-live-view bench-sweep sweep-memory experiments experiments-full bench bench-colab bench-generate gpu-check data-report real-run real-run-1000 real-run-300 verdict-runs clean
+.PHONY: demo test test-colab test-environments test-browser lint notebooks bench soak real-run experiments gpu-check clean
 
+# Both notebooks as a reader runs them, the main one twice: the second time it goes on where the first one was, at the end.
+# Then its kernel is killed in the middle, and it is run again. tests/test_demo.py says what must have come out of it.
+PAPERMILL = .venv/bin/python -m papermill -k python3 --execution-timeout 300 --no-progress-bar
 demo: .venv/.installed
 	rm -rf $(DEMO)
-	$(MAKE) demo-again
-
-# Once more over the run that is there already: it goes on where that was, which is the end.
-demo-again: .venv/.installed
 	mkdir -p $(DEMO)
-	.venv/bin/python -m papermill colab_dpo_training.ipynb $(DEMO)/colab_dpo_training.ipynb \
-		-f tests/demo_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
-	.venv/bin/python tools/check_demo.py $(DEMO)
-
-# The kernel of the executing notebook is killed, and the notebook run again: the same adapter as `make demo` has.
-demo-killed: .venv/.installed
+	for name in colab_dpo_training again; do \
+		$(PAPERMILL) colab_dpo_training.ipynb $(DEMO)/$$name.ipynb -f tests/demo_parameters.yaml --cwd $(DEMO) || exit 1; \
+	done
+	$(PAPERMILL) dpo_training_experiment.ipynb $(DEMO)/dpo_training_experiment.ipynb \
+		-f tests/experiment_parameters.yaml --cwd $(DEMO)
 	PYTHONPATH=. .venv/bin/python tools/kill_notebook.py $(DEMO) outputs/demo-killed
-
-# Every section of the experiment notebook in its smallest form: that it runs, not what it finds.
-demo-experiment: .venv/.installed
-	mkdir -p $(DEMO)
-	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(DEMO)/dpo_training_experiment.ipynb \
-		-f tests/experiment_parameters.yaml --cwd $(DEMO) -k python3 --execution-timeout 300 --no-progress-bar
-
-# Every section as a reader gets it (one seed, 200 rows); run again and only what is missing runs.
-EXPERIMENTS = outputs/experiments
-experiments: .venv/.installed
-	mkdir -p $(EXPERIMENTS)
-	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(EXPERIMENTS)/dpo_training_experiment.ipynb \
-		--cwd $(EXPERIMENTS) -k python3 --execution-timeout 900 --no-progress-bar
-
-# All rows and three seeds: the results behind the notebook's prose, which tests/test_experiment_claims.py checks.
-FULL_RESULTS = tests/fixtures/experiments/results.jsonl
-experiments-full: .venv/.installed
-	mkdir -p $(EXPERIMENTS)/full $(dir $(FULL_RESULTS))
-	.venv/bin/python -m papermill dpo_training_experiment.ipynb $(EXPERIMENTS)/full/dpo_training_experiment.ipynb \
-		-f tests/experiment_full.yaml -p RESULTS $(CURDIR)/$(FULL_RESULTS) --cwd $(EXPERIMENTS)/full -k python3 --no-progress-bar
-	.venv/bin/python -m pytest tests/test_experiment_claims.py
+	.venv/bin/python -m pytest -s -m demo tests/test_demo.py
 
 test: .venv/.installed lint
 	.venv/bin/python -m pytest
@@ -66,81 +44,41 @@ lint: .venv/.installed
 notebooks:
 	$(PYTHON) tools/embed_helpers.py
 
-$(REAL_MODEL)/config.json: | .venv/.installed
-	.venv/bin/python $(PIP_INSTALL) -c constraints.txt gguf
-	.venv/bin/python tools/build_real_model.py $(REAL_MODEL)
+# Speed: the seed's way, the fastest stock TRL of both environments and ours; generation; a sweep; checkpoints. An hour.
+bench: .venv/.installed .venv-colab/.installed $(SHAPE_MODEL)/config.json
+	PYTHONPATH=. .venv/bin/python tools/bench.py training $(SHAPE_MODEL) --other .venv-colab/bin/python
+	PYTHONPATH=. .venv/bin/python tools/bench.py generation $(SHAPE_MODEL)
+	PYTHONPATH=. .venv/bin/python tools/bench.py sweep $(SHAPE_MODEL)
+	PYTHONPATH=. .venv/bin/python tools/bench.py checkpoints embedded
 
-# On the really pretrained model, 1,000 rows each: the default, without its warm-up, usual LoRA, and what the experiment notebook
-# recommends. About 20 minutes a setting on two cores; run again and only what is missing runs.
-recipe-search: $(REAL_MODEL)/config.json
-	.venv/bin/python -m dpo_helpers experiment --grid tools/recipe_grid.json --results outputs/recipe-search.jsonl
-
-# Thirty real trainings killed at random moments and resumed from a copy of the mirror: about 10 minutes.
+# Real trainings killed at random moments and resumed from a copy of the mirror: 30 take about 10 minutes.
 KILLS = 30
 soak: .venv/.installed
 	PYTHONPATH=. .venv/bin/python tools/soak.py outputs/soak --kills $(KILLS)
 
-# What checkpoints and the mirror cost, at the default interval; the slow mirror takes 3 s for every file.
-bench-checkpoints: .venv/.installed $(SHAPE_MODEL)/config.json
-	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py $(SHAPE_MODEL) outputs/bench-checkpoints/dialogpt-shape.json \
-		--rounds 2 --rows 250
-	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/embedded.json --rounds 5
-	PYTHONPATH=. .venv/bin/python tools/bench_checkpoints.py embedded outputs/bench-checkpoints/slow.json --slow 3
+# The default recipe on the really pretrained model; 4 x 1 gives the losses of 1 x 4, sooner. A finished run is not repeated.
+# On two cores: 300 rows about 12 minutes, 1,000 rows about 40. Without the warm-up: REAL="--set sft_epochs=0".
+ROWS = 1000
+REAL =
+real-run: $(REAL_MODEL)/config.json
+	.venv/bin/python -m dpo_helpers train --set model_name=$(REAL_MODEL) --set per_device_train_batch_size=4 \
+		--set gradient_accumulation_steps=1 --set num_samples=$(ROWS) $(REAL) --run-dir outputs/real-run
 
-bench-live-view: .venv/.installed
-	PYTHONPATH=. .venv/bin/python tools/bench_live_view.py outputs/bench_live_view.json
-
-# Eight settings on the shape of DialoGPT, against eight main runs.
-bench-sweep: .venv/.installed $(SHAPE_MODEL)/config.json
-	PYTHONPATH=. .venv/bin/python tools/bench_sweep.py $(SHAPE_MODEL) outputs/bench-sweep.json
-
-sweep-memory: .venv/.installed
-	PYTHONPATH=. .venv/bin/python tools/check_sweep_memory.py
-
-bench-data: .venv/.installed
-	PYTHONPATH=. .venv/bin/python tools/bench_data.py
-
-$(SHAPE_MODEL)/config.json: | .venv/.installed
-	.venv/bin/python tools/build_dialogpt_shape.py $(SHAPE_MODEL)
-
-# DPO's speed: the seed's way, the fastest stock TRL of both environments, and ours, alternating; about ten minutes each.
-bench: .venv/.installed .venv-colab/.installed $(SHAPE_MODEL)/config.json
-	PYTHONPATH=. .venv/bin/python tools/bench.py $(SHAPE_MODEL) outputs/bench.json --other .venv-colab/bin/python
-
-bench-colab: .venv/.installed .venv-colab/.installed $(SHAPE_MODEL)/config.json
-	PYTHONPATH=. .venv-colab/bin/python tools/bench.py $(SHAPE_MODEL) outputs/bench-colab.json --other .venv/bin/python
-
-# 32 questions in one call against one by one: for the speed in DialoGPT's shape, for equal answers on a trained model.
-bench-generate: .venv/.installed $(SHAPE_MODEL)/config.json
-	PYTHONPATH=. .venv/bin/python tools/bench_generate.py $(SHAPE_MODEL) outputs/bench-generate/dialogpt-shape.json
-	PYTHONPATH=. .venv/bin/python tools/bench_generate.py embedded outputs/bench-generate/embedded.json
+# Every section of the experiment notebook as a reader gets it; run again, and only what is missing runs.
+experiments: .venv/.installed
+	mkdir -p outputs/experiments
+	$(PAPERMILL) dpo_training_experiment.ipynb outputs/experiments/dpo_training_experiment.ipynb --cwd outputs/experiments
 
 # Trains, measures and checks the precision where CUDA is there; says so where it is not.
 gpu-check: .venv/.installed $(SHAPE_MODEL)/config.json
 	PYTHONPATH=. .venv/bin/python tools/gpu_check.py $(SHAPE_MODEL)
 
-# What the generated rows look like, and what the finished ones of the two real runs answer.
-FINISHED_RUNS = $(wildcard outputs/real-1000/sft-2/metrics.json outputs/real-1000/sft-0/metrics.json)
-data-report: .venv/.installed
-	PYTHONPATH=. .venv/bin/python tools/data_report.py outputs/data-report $(FINISHED_RUNS:/metrics.json=)
+$(REAL_MODEL)/config.json: | .venv/.installed
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt gguf
+	.venv/bin/python tools/build_models.py real $(REAL_MODEL)
 
-# The default recipe on the really pretrained model, with the warm-up and without; 4 x 1 gives the losses of 1 x 4, sooner.
-# A finished run is not repeated. On two cores: 300 rows about 25 minutes, 1,000 rows about 80; run it in the background.
-REAL_SETTINGS = --set model_name=$(REAL_MODEL) --set per_device_train_batch_size=4 --set gradient_accumulation_steps=1
-real-run: real-run-1000
-
-real-run-1000 real-run-300: real-run-%: $(REAL_MODEL)/config.json
-	for epochs in 2 0; do \
-		run=outputs/real-$*/sft-$$epochs; \
-		.venv/bin/python -m dpo_helpers train $(REAL_SETTINGS) --set sft_epochs=$$epochs \
-			--set num_samples=$* --run-dir $$run || exit 1; \
-		PYTHONPATH=. .venv/bin/python tools/show_answers.py $$run | tee $$run/answers.md; \
-	done
-
-# The runs that the verdict is tested on, good and bad, as small files in tests/fixtures/verdict: about five minutes. Those of the
-# really pretrained model: `tools/verdict_runs.py --real $(REAL_MODEL)`, about an hour each.
-verdict-runs: .venv/.installed
-	PYTHONPATH=. .venv/bin/python tools/verdict_runs.py
+$(SHAPE_MODEL)/config.json: | .venv/.installed
+	.venv/bin/python tools/build_models.py shape $(SHAPE_MODEL)
 
 .venv/.installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -154,11 +92,18 @@ verdict-runs: .venv/.installed
 	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -r .venv/browser-extras.txt
 	touch $@
 
+# Colab's own Python, torch and kernel; torch and its CUDA libraries are 4.6 GB of downloads, and need no GPU to be imported.
+COLAB_PYTHON ?= $(shell for python in python3.13 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.13.*/bin/python $(PYTHON); do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null && echo $$python && break; done)
 .venv-colab/.installed: requirements.txt constraints-colab.txt pyproject.toml
-	$(PYTHON) -m venv .venv-colab
-	.venv-colab/bin/python $(PIP_INSTALL) -c constraints-colab.txt torch
-	.venv-colab/bin/python -c '$(EXTRAS)' test > .venv-colab/extras.txt
-	.venv-colab/bin/python $(PIP_INSTALL) -c constraints-colab.txt -r requirements.txt -r .venv-colab/extras.txt
+	@test -n "$(COLAB_PYTHON)" || { echo "Colab と同じ Python 3.13 が見つかりません。" \
+		"pyenv install 3.13 か、お使いの OS の python3.13 と python3.13-venv で入れてください。" \
+		"場所は make test-colab COLAB_PYTHON=/path/to/python3.13 でも指定できます。" >&2; exit 1; }
+	@echo "Colab の torch 2.11.0 と同じ版のパッケージを $(COLAB_PYTHON) で入れます。" \
+		"約 4.6 GB をダウンロードし、ディスクを約 6 GB 使います。"
+	$(COLAB_PYTHON) -m venv --clear .venv-colab
+	.venv-colab/bin/python -c '$(EXTRAS)' test notebook > .venv-colab/extras.txt
+	.venv-colab/bin/python $(PIP_INSTALL) -c constraints-colab.txt -r requirements.txt -r .venv-colab/extras.txt torchao
 	touch $@
 
 clean:

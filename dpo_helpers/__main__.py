@@ -1,20 +1,23 @@
-"""The notebooks' jobs from a terminal: python -m dpo_helpers train | experiment | data | judge | doctor | merge | share."""
+"""The notebooks' jobs from a terminal: python -m dpo_helpers train | experiment | data | judge | doctor |
+merge | share.
+"""
 
 import argparse
 import io
 import json
 import os
 import sys
+from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped, UserError
 from dpo_helpers.files import explain_error
-from dpo_helpers.setup.quick_fix import run_doctor
+from dpo_helpers.setup.doctor import run_doctor
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve (told on
-    standard error), 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
+    """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve (told
+    on standard error), 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's is not a terminal's
@@ -28,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "experiment": run_experiment,
         "data": run_data,
         "judge": run_judge,
-        "doctor": run_doctor,
+        "doctor": lambda a: run_doctor(a.fix, a.json, a.metadata_only),
         "merge": run_merge,
         "share": run_share,
     }
@@ -71,21 +74,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="名前=値", help="設定を一つ変える（何度でも書ける）"
     )
     job.add_argument("--run-dir", default="run", help="結果を置くフォルダ（既定：run）")
+    job.add_argument("--mirror", metavar="DIR", help="コピーを置くフォルダ（Google Drive など）")
     job.add_argument(
-        "--mirror", metavar="DIR", help="チェックポイントと結果のコピーを置くフォルダ（Google Drive など）"
+        "--resume", choices=("auto", "never"), default="auto", help="続きから（auto）か、最初から（never）か"
     )
     job.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="前の続きから（auto、既定）か、最初から（never）か",
+        "--column",
+        action="append",
+        default=[],
+        metavar="列名=名前",
+        help="データの列名の対応。例：質問文=prompt",
     )
-    job.add_argument(
-        "--data",
-        default="",
-        metavar="FILE",
-        help="自分のデータのファイルか Hub のデータセット名。省くと生成する",
-    )
+    job.add_argument("--data", default="", metavar="FILE", help="自分のデータのファイルか Hub の名前")
     on_error(job)
     device(job)
     job = jobs.add_parser("experiment", help="設定を比べる実験を行い、結果を 1 行ずつ残す")
@@ -95,12 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='試す設定の JSON：{"settings": {"beta": [0.1, 0.5]}, "common": {...}, "seeds": [...]}',
     )
-    job.add_argument(
-        "--results",
-        required=True,
-        metavar="FILE",
-        help="結果を 1 行ずつ加える JSONL。もう一度実行すると残りだけを行う",
-    )
+    job.add_argument("--results", required=True, metavar="FILE", help="結果を 1 行ずつ加える JSONL")
     job.add_argument("--mirror", metavar="DIR", help="結果のコピーを置くフォルダ（Google Drive など）")
     job.add_argument(
         "--retry-failed", action="store_true", help="失敗した設定（NaN を除く）をもう一度実行する"
@@ -110,19 +105,13 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--count", type=int, default=1000, help="生成する行数（既定：1000）")
     job.add_argument("--seed", type=int, default=42, help="乱数シード（既定：42）")
     job.add_argument("--output", metavar="FILE", help="行を書き込む JSONL ファイル")
-    job.add_argument(
-        "--check", metavar="FILE", help="生成せずに、自分のファイル（または Hub のデータセット名）を検査する"
-    )
+    job.add_argument("--check", metavar="FILE", help="自分のファイル（または Hub の名前）を検査する")
     job.add_argument(
         "--column", action="append", default=[], metavar="列名=名前", help="列名の対応。例：質問文=prompt"
     )
     on_error(job)
     job.add_argument("--dropped-file", metavar="FILE", help="除いた行の一覧を書き込む JSONL ファイル")
-    job.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="トークン数も調べる。Hub の名前、ローカルのフォルダ、または embedded",
-    )
+    job.add_argument("--tokenizer", metavar="NAME", help="トークン数も調べるモデルの名前")
     job.add_argument(
         "--max-length", type=int, default=128, help="質問と回答を合わせた長さの上限（トークン、既定：128）"
     )
@@ -163,32 +152,25 @@ def read_settings(pairs: list[str]) -> dict:
 def run_train(arguments) -> int:
     config = RunConfig.load(arguments.config) if arguments.config else RunConfig()
     config = config.replace(read_settings(arguments.set), "--set")
-    train(
-        config,
-        arguments.run_dir,
-        arguments.device,
-        arguments.mirror,
-        arguments.resume,
-        arguments.data,
-        arguments.on_error,
-    )
+    where = arguments.run_dir, arguments.device, arguments.mirror
+    train(config, *where, arguments.resume, arguments.data, arguments.on_error, arguments.column)
     return 0
 
 
 def train(
-    config: RunConfig, folder, device="auto", mirror=None, resume="auto", data="", on_error="raise"
+    config: RunConfig, folder, device="auto", mirror=None, resume="auto", data="", on_error="raise", column=()
 ) -> dict:
     """Run the whole way of the main notebook, without a notebook; return what metrics.json holds.
 
-    A finished run is not repeated: its metrics are returned as they are. Under `accelerate launch` every process
-    calls this, and all but the first are done when the training is: they return {}.
+    A finished run is not repeated: its metrics are returned as they are. Under `accelerate launch` every
+    process calls this, and all but the first are done when the training is: they return {}.
     """
     from accelerate import PartialState
 
     from dpo_helpers.data.generate import split_rows
-    from dpo_helpers.data.own_rows import collect_rows
-    from dpo_helpers.judge.measure import evaluate_run
-    from dpo_helpers.judge.scores import score_rows
+    from dpo_helpers.data.own_rows import collect_rows, parse_columns
+    from dpo_helpers.judge.measure import BEFORE_ROWS, evaluate_run
+    from dpo_helpers.judge.scores import measure_before
     from dpo_helpers.judge.verdict import describe_verdict, judge
     from dpo_helpers.keep.result import make_zip
     from dpo_helpers.keep.run import open_shared_run
@@ -203,27 +185,24 @@ def train(
         print(describe_machine(machine))
         run = open_shared_run(config, folder, machine, mirror, resume, clock)
     try:
-        with (
-            clock("setup"),
-            PartialState().main_process_first(),
-        ):  # the first one makes or downloads the model
-            name = str(run.base or config.model_name)
-            tokenizer = load_tokenizer(name, config.seed, config.held_out_fraction)
+        # the first process makes or downloads the model
+        with clock("setup"), PartialState().main_process_first():
+            tokenizer = load_tokenizer(str(run.base or config.model_name))
         with clock("data"), PartialState().main_process_first():
-            rows = collect_rows(config, tokenizer, data, on_error, run.folder)
+            rows = collect_rows(config, tokenizer, data, on_error, run.folder, parse_columns(column))
             train_rows, held_out_rows = split_rows(rows, config.held_out_fraction, config.seed)
             run.check_rows(train_rows, held_out_rows, generated=not data)
             print(f"学習用 {len(train_rows)} 行、評価用 {len(held_out_rows)} 行")
         if (metrics := run.read_finished()) is None:
             warmed_up = train_sft(run, config, machine, train_rows)
             trainer = build_dpo_trainer(run, config, machine, train_rows, held_out_rows, warmed_up)
+            before = measure_before(trainer.model, tokenizer, held_out_rows[:BEFORE_ROWS], config.max_length)
             trainer = train_dpo(run, config, machine, train_rows, held_out_rows, trainer, warmed_up)
             if not run.leads:
                 return {}
             with clock("evaluation"):
-                scores = score_rows(trainer.model, tokenizer, held_out_rows, config.max_length)
-                measured, _ = evaluate_run(trainer.model, tokenizer, held_out_rows, scores, config)
-            metrics = build_metrics(run, config, machine, train_rows, trainer) | measured
+                measured = evaluate_run(trainer.model, tokenizer, train_rows, held_out_rows, config, before)
+            metrics = build_metrics(run, config, machine, train_rows, trainer) | measured.metrics
             metrics["verdict"] = judge(metrics, trainer.state.log_history)
             save_result(run, config, train_rows, held_out_rows, trainer, metrics)
         if mirror and not run.deliver():
@@ -239,10 +218,9 @@ def train(
 def run_experiment(arguments) -> int:
     """Run a grid and print its table; return 0, or 1 if a run failed."""
     from dpo_helpers.machine import find_machine
-    from dpo_helpers.sweep.plan import load_grid, run_plan
-    from dpo_helpers.sweep.results import Results
+    from dpo_helpers.sweep.plan import Results, load_grid, run_plan
+    from dpo_helpers.sweep.report import summarize_outcomes
     from dpo_helpers.sweep.runs import Workshop
-    from dpo_helpers.sweep.tables import summarize_outcomes
     from dpo_helpers.tables import quiet_libraries
 
     plan, results = load_grid(arguments.grid), Results(arguments.results, arguments.mirror)
@@ -256,17 +234,15 @@ def run_experiment(arguments) -> int:
 def run_data(arguments) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error)."""
     from dpo_helpers.data import own_rows
+    from dpo_helpers.model.load import load_tokenizer
 
-    return own_rows.run_data(arguments)
+    return own_rows.run_data(arguments, load_tokenizer)
 
 
 def run_judge(arguments) -> int:
     """Measure a saved run again on its held-out rows and print the verdict; return 0, whatever the label."""
-    from pathlib import Path
-
     from dpo_helpers.files import read_json, read_rows
     from dpo_helpers.judge.measure import evaluate_run
-    from dpo_helpers.judge.scores import score_rows
     from dpo_helpers.judge.verdict import describe_verdict, judge
     from dpo_helpers.keep.result import load_run
 
@@ -275,9 +251,8 @@ def run_judge(arguments) -> int:
     log = read_json(folder / "log_history.json", "学習の記録")
     if "stopped" not in metrics:
         model, tokenizer, config = load_run(folder)
-        rows = read_rows(folder / "held_out.jsonl", "評価用の行")
-        scores = score_rows(model, tokenizer, rows, config.max_length)
-        metrics |= evaluate_run(model, tokenizer, rows, scores, config)[0]
+        rows = [read_rows(folder / name, "学習と評価の行") for name in ("train.jsonl", "held_out.jsonl")]
+        metrics |= evaluate_run(model, tokenizer, *rows, config, metrics["before"]).metrics
     verdict = judge(metrics, log)
     print(json.dumps(verdict, ensure_ascii=False, indent=2) if arguments.json else describe_verdict(verdict))
     return 0

@@ -35,7 +35,7 @@ class RunConfig:
     """
 
     model_name: str = _knob(
-        "microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダー、または embedded", None
+        "microsoft/DialoGPT-small", "ベースモデル。Hub の名前、ローカルのフォルダ、または embedded", None
     )
     quantization: str = _knob(
         "none",
@@ -43,22 +43,29 @@ class RunConfig:
         ("none", "4bit"),
     )
     num_samples: int = _knob(1000, "生成する行数（学習用と評価用の合計）", (30, 50_000))
-    held_out_fraction: float = _knob(0.2, "評価用に取り分ける概念の割合", (0.1, 0.5))
-    seed: int = _knob(42, "乱数の種", (0, 2**31 - 1))
+    held_out_fraction: float = _knob(
+        0.3, "評価用に取り分ける行の割合（自分のデータでは質問の割合）", (0.1, 0.5)
+    )
+    seed: int = _knob(42, "乱数シード", (0, 2**31 - 1))
     num_train_epochs: float = _knob(1.0, "DPO のエポック数", (0.01, 100.0))
     per_device_train_batch_size: int = _knob(
-        1, "一度に計算する組の数（trainer が fast なら、まとめられるだけ自動で増やす）", (1, 256)
+        1, "一度に計算するペアの数（trainer が fast なら、自動で増やす）", (1, 256)
     )
     gradient_accumulation_steps: int = _knob(
-        4, "何回分の勾配をためて更新するか（メモリーには影響しない）", (1, 1024)
+        4, "何回分の勾配をためて更新するか（メモリには影響しない）", (1, 1024)
     )
     learning_rate: float = _knob(5e-6, "DPO の学習率", (1e-9, 1.0))
     max_length: int = _knob(128, "質問と回答を合わせた長さの上限（トークン）", (16, 8192))
     beta: float = _knob(0.1, "参照モデルから離れにくくする強さ（大きいほど離れない）", (0.001, 10.0))
     loss_type: str = _knob("sigmoid", "DPO の損失の種類", LOSS_TYPES)
+    sft_weight: float = _knob(
+        1.0,
+        "loss_type に +sft があるとき、良い回答を書く練習の項の重み（大きいほど書く力を残す）",
+        (0.01, 100.0),
+    )
     trainer: str = _knob(
         "fast",
-        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid のとき）、stock は TRL のまま",
+        "DPO の計算のしかた。fast は同じ損失を少ない計算で（sigmoid か sigmoid+sft）、stock は TRL のまま",
         TRAINERS,
     )
     lora_rank: int = _knob(16, "LoRA のランク r", (1, 1024))
@@ -83,8 +90,10 @@ class RunConfig:
 
     @property
     def trains_fast(self) -> bool:
-        """The fast trainer computes the sigmoid loss alone; another loss takes TRL's own path."""
-        return self.trainer == "fast" and self.loss_type == "sigmoid"
+        """The fast trainer computes the sigmoid loss, with or without an SFT term; others take TRL's own
+        path.
+        """
+        return self.trainer == "fast" and self.loss_type in ("sigmoid", "sigmoid+sft")
 
     @property
     def lora_alpha(self) -> float:
@@ -124,7 +133,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Switches:
-    """What the notebook does beside training: where it runs, reads and saves. None of it changes what is learned."""
+    """What the notebook does beside training: where it runs, reads and saves. None of it changes what is
+    learned.
+    """
 
     data_file: str = _knob("", "自分のデータのファイルか、Hub のデータセット名。空なら自動生成", None)
     use_drive: bool = _knob(True, "Google Drive に途中経過と結果を保存するか", None)
@@ -132,6 +143,10 @@ class Switches:
     resume: str = _knob("自動", "前の続きから（自動）か、新しく始めるか", ("自動", "最初から"))
     device: str = _knob("auto", "使うデバイス", ("auto", "cuda", "cpu"))
     config_file: str = _knob("", "実験ノートブックが書いた設定ファイル。空なら設定のセルの値", None)
+    columns: dict = field(
+        default_factory=dict,
+        metadata={"note": '列の名前が違うとき：{"質問文": "prompt"} のように書く', "allowed": None},
+    )
     upload_file: bool = _knob(False, "データのファイルをアップロードするか", None)
     drop_bad_rows: bool = _knob(False, "誤りのある行を除いて続けるか（オフなら止まる）", None)
     download_zip: bool = _knob(False, "結果の zip をダウンロードするか", None)
@@ -147,13 +162,13 @@ class Switches:
 def read_form(names: dict) -> tuple[RunConfig, Switches]:
     """Read the notebook's parameter cell: forms in capitals, and the rest in the dictionary MORE.
 
-    `names` are the notebook's globals. A name that is unknown, or given in both places, raises UserError, as a
-    value out of its range does. A `config_file` takes the place of the run's settings.
+    `names` are the notebook's globals. A name that is unknown, or given in both places, raises UserError, as
+    a value out of its range does. A `config_file` takes the place of the run's settings.
     """
     knobs = [item.name for item in fields(RunConfig)]
     known = knobs + [item.name for item in fields(Switches)]
     values = {name: names[name.upper()] for name in known if name.upper() in names}
-    more = {str(name).lower(): value for name, value in names.get("MORE", {}).items()}
+    more = _read_more(names.get("MORE", {}))
     if unknown := [name for name in more if name not in known]:
         raise UserError(
             f"MORE に知らない項目があります：{', '.join(unknown)}。使える項目：{', '.join(known)}"
@@ -168,6 +183,16 @@ def read_form(names: dict) -> tuple[RunConfig, Switches]:
         print(f"学習の設定は {switches.config_file} から読みます（設定のセルの値は使いません）。")
         return RunConfig.load(switches.config_file), switches
     return RunConfig(**{name: value for name, value in values.items() if name in knobs}), switches
+
+
+def _read_more(more) -> dict:
+    """Return what the dictionary MORE says, with every name in small letters."""
+    if not isinstance(more, dict):
+        raise UserError('MORE は {"beta": 0.3} のように、名前と値を : でつないで { } の中に書いてください。')
+    names = [str(name).lower() for name in more]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"MORE に {', '.join(twice)} が二度あります。どちらか一つにしてください。")
+    return dict(zip(names, more.values(), strict=True))
 
 
 def describe_settings(config: RunConfig) -> str:
@@ -198,17 +223,17 @@ def _settle_one(settings, item) -> str | None:
             return f"  {item.name}：空にはできません。"
         if allowed and value not in allowed:
             return f"  {item.name} = {value!r}：{', '.join(allowed)} のどれかを選んでください。"
-    elif item.type is not bool and not allowed[0] <= value <= allowed[1]:
+    elif item.type not in (bool, dict) and not allowed[0] <= value <= allowed[1]:
         return f"  {item.name} = {value!r}：{allowed[0]:g} 以上 {allowed[1]:g} 以下にしてください。"
     return None
 
 
-_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False"}
+_TYPE_NAMES = {int: "整数", float: "数値", str: "文字列", bool: "True か False ", dict: "{ } の形"}
 
 
 def _convert(value, kind):
     """Convert form and command-line values: "5e-6" is a float, 1.0 an integer, True neither."""
-    if kind in (str, bool):
+    if kind in (str, bool, dict):
         if not isinstance(value, kind):
             raise ValueError(value)
         return value.strip() if kind is str else value

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
 
-# Tokens of one forward pass of the fast trainer. On a CPU, longer ones lose more in attention, which visits the
-# masked pairs beside its own too, than they win in the layers; on a GPU, short ones leave it waiting for kernels.
+# Tokens of one forward pass of the fast trainer. On a CPU, longer ones lose more in attention, which visits
+# the
+# masked pairs beside its own too, than they win in the layers; on a GPU, short ones leave it waiting for
+# kernels.
 PACK_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
@@ -65,7 +67,9 @@ def choose_micro_batch(config: RunConfig, device: str) -> int:
 
 
 def find_machine(device: str = "auto") -> Machine:
-    """Look at the hardware; `device` is "auto", "cuda" or "cpu". Raises UserError if the one asked for is absent."""
+    """Look at the hardware; `device` is "auto", "cuda" or "cpu". Raises UserError if the one asked for is
+    absent.
+    """
     import psutil
     import torch  # here, so that importing this module works in a kernel whose torch is broken
 
@@ -73,7 +77,8 @@ def find_machine(device: str = "auto") -> Machine:
         raise UserError(f"デバイス {device!r} は使えません。auto, cuda, cpu のどれかを選んでください。")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "GPU（cuda）が見つかりません。Colab では「ランタイム → ランタイムのタイプを変更」で T4 GPU を選ぶか、"
+            "GPU（cuda）が見つかりません。Colab では「ランタイム → ランタイムのタイプを変更」"
+            "で T4 GPU を選ぶか、"
             "device を auto にしてください。"
         )
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -120,7 +125,9 @@ def describe_machine(machine: Machine) -> str:
 
 
 def measure_peak_memory(device: str) -> int:
-    """Return the largest memory use so far in bytes: the GPU's where there is one, else this process's own."""
+    """Return the largest memory use so far in bytes: the GPU's where there is one, else this process's
+    own.
+    """
     if device == "cuda":
         import torch
 
@@ -157,6 +164,14 @@ def halve_on_out_of_memory(attempt, batch_size: int, what: str):
         batch_size //= 2
         print(f"メモリが足りないので、{what}で一度に計算する数を {batch_size} に減らして続けます。")
         clear_memory()
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in Japanese, as exact as a reader needs it."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} 時間 {minutes % 60} 分"
+    return f"{minutes} 分 {rest} 秒" if minutes else f"{rest} 秒"
 
 
 class Stopwatch:

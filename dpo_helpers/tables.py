@@ -18,7 +18,9 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
-    logging.getLogger("trl").setLevel(logging.ERROR)
+    # torchao tells of kernels that this torch cannot load, and torch of how torchao registers its types.
+    for name in ("trl", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def make_visible(text: str) -> str:

@@ -1,6 +1,4 @@
-"""What several tests share: the tokenizers of real models, a tiny model of each layout, and one small
-finished run.
-"""
+"""What several tests share: the tokenizers of real models, tiny models, runs that are closed afterwards."""
 
 import lzma
 from pathlib import Path
@@ -13,9 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Build embedded models in a folder of this session, and keep every library off the network."""
+    """Keep every library off the network; the embedded model is the machine's own, which the demo made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
@@ -50,16 +47,14 @@ def smollm2_tokenizer():
 
 @pytest.fixture(scope="session")
 def embedded_folder():
-    from dpo_helpers.model.load import make_embedded_model
+    from dpo_helpers.model.embedded import make_embedded_model
 
-    return make_embedded_model(seed=42, held_out_fraction=0.2)
+    return make_embedded_model()
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, embedded_folder):
-    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D) and Llama
-    (Linear).
-    """
+    """Folders of two random two-layer models with the embedded tokenizer: GPT-2 (Conv1D), Llama (Linear)."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -98,9 +93,7 @@ def drive(tmp_path, monkeypatch):
 
 @pytest.fixture
 def colab(tmp_path, monkeypatch):
-    """A kernel of Colab: google.colab is imported, and Drive is not yet mounted; the working folder is
-    empty.
-    """
+    """A kernel of Colab: google.colab is imported, Drive is not yet mounted, the working folder is empty."""
     from fake_colab import FakeColab
 
     from dpo_helpers import colab as colab_module
@@ -114,7 +107,10 @@ def colab(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start_run(tmp_path):
-    """A function that opens a run on the CPU with given rows; all of them are closed after the test."""
+    """A function that opens a run on the CPU and checks its rows; all of them are closed after the test.
+
+    For tiny_run's functions, `config` and `rows` (training, held-out) are noted on the run.
+    """
     from dpo_helpers.keep.run import open_run
     from dpo_helpers.machine import find_machine
 
@@ -134,21 +130,16 @@ def start_run(tmp_path):
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_models, rows, tmp_path_factory):
-    """The run and the trainer of a tiny training with a warm-up that nothing disturbs, logged at every
-    step, and saved.
-    """
+    """(run, trainer) of a tiny training with a warm-up that nothing disturbs, logged at every step, saved."""
     from tiny_run import make_config, save, train
 
     from dpo_helpers.keep.run import open_run
     from dpo_helpers.machine import find_machine
 
-    run = open_run(
-        make_config(tiny_models, logging_steps=1),
-        tmp_path_factory.mktemp("undisturbed") / "run",
-        find_machine("cpu"),
-    )
-    run.check_rows(rows[:32], rows[32:40])
+    config = make_config(tiny_models, logging_steps=1)
+    run = open_run(config, tmp_path_factory.mktemp("undisturbed") / "run", find_machine("cpu"))
     run.rows = rows[:32], rows[32:40]
+    run.check_rows(*run.rows)
     trainer = train(run)
     save(run, trainer)
     run.close()

@@ -1,3 +1,5 @@
+"""The terminal: what it answers to a problem, what it leaves behind, and how light it is."""
+
 import json
 import subprocess
 import sys
@@ -19,11 +21,13 @@ def test_settings_come_as_name_and_value_in_either_case():
     ("arguments", "words"),
     [
         (["--set", "beta=0"], "beta = 0.0"),
+        (["--set", "beta"], "名前=値"),
+        (["--set", "lora_rank=inf"], "整数で指定"),
         (["--set", "betta=1"], "知らない項目"),
         (["--config", "absent.json"], "absent.json が見つかりません"),
-        (["--set", "model_name=./absent"], "フォルダー ./absent が見つかりません"),
-        (["--device", "cuda"], "デバイス cuda が見つかりません"),
-        ([], "つながらず"),  # the default model, without a network
+        (["--set", "model_name=./absent"], "フォルダ ./absent が見つかりません"),
+        (["--device", "cuda"], "GPU（cuda）が見つかりません"),
+        ([], "手元にも保存されていません"),  # the default model, without a network
     ],
 )
 def test_a_problem_that_the_user_can_solve_ends_with_2_and_its_message(
@@ -51,10 +55,45 @@ def test_training_from_a_terminal_leaves_the_same_files_as_the_notebook(tiny_mod
     ]
     assert main(arguments) == 0
     assert json.loads((tmp_path / "run" / "run_config.json").read_text())["seed"] == 1
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["rows"] == 6
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["rows"] == 8
     assert not (tmp_path / "run" / "reference").exists()
     assert main([*arguments[:-1], "cpu", "--set", "beta=0.5"]) == 2
     assert "続きにも上書きにも使いません" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment", "--grid", "absent.json", "--results", "r.jsonl"], "absent.json が見つかりません"),
+        (["data"], "--output"),
+        (["data", "--check", "absent.csv"], "absent.csv"),
+        (["judge", "absent"], "学習の記録 absent/metrics.json が見つかりません"),
+    ],
+)
+def test_every_job_says_what_it_lacks(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_an_experiment_from_a_terminal_ends_with_its_table(tmp_path, monkeypatch, capsys):
+    from dpo_helpers.sweep.runs import Workshop
+
+    def measure(self, config, variation):
+        if config.beta == 0.5:
+            raise RuntimeError("no memory")
+        return {"held_out": {"loss": config.beta}}
+
+    monkeypatch.setattr(Workshop, "measure", measure)
+    (tmp_path / "grid.json").write_text('{"settings": {"beta": [0.1, 0.5]}, "seeds": [1]}')
+    files = ["--grid", str(tmp_path / "grid.json"), "--results", str(tmp_path / "r.jsonl")]
+    assert main(["experiment", *files, "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "設定 β 0.1、回数 1" in out and "評価用の損失 0.10" in out and "問題 RuntimeError: no memory" in out
+    )
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_package_is_light_to_import():
@@ -64,7 +103,7 @@ def test_the_package_is_light_to_import():
     code = (
         "import sys, time; start = time.perf_counter(); import dpo_helpers; first = "
         "time.perf_counter() - start\n"
-        "import dpo_helpers.config, dpo_helpers.machine, dpo_helpers.setup.quick_fix, "
+        "import dpo_helpers.config, dpo_helpers.machine, dpo_helpers.setup.doctor, "
         "dpo_helpers.data.generate, dpo_helpers.__main__\n"
         "print(first, [n for n in ('torch', 'transformers', 'trl', 'peft', 'datasets', "
         "'pandas', 'matplotlib', 'psutil') if n in sys.modules])"

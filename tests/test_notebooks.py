@@ -1,17 +1,19 @@
+"""Both notebooks as they are committed: clean, explained, one cell of parameters, the package in them."""
+
 import ast
+import hashlib
 import importlib
 import json
 import re
 import statistics
-import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from dpo_helpers.config import RunConfig
+from dpo_helpers.config import RunConfig, Switches, read_form
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("colab_dpo_training.ipynb", "dpo_training_experiment.ipynb")
@@ -33,13 +35,6 @@ def own_code(name):
 def parameters(name):
     assignments = ast.parse(tagged(name, "parameters").source).body
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
-
-
-def test_notebooks_and_package_are_in_step():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "embed_helpers.py"), "--check"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"run `make notebooks`: {done.stdout}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,55 +67,70 @@ def test_prose_is_japanese(name):
     assert all(re.search(r"[ぁ-んァ-ヶ]", cell.source) for cell in read_cells(name, "markdown"))
 
 
-def test_one_cell_holds_every_knob_with_the_packages_default():
-    assert parameters(NAMES[0]) == {name.upper(): value for name, value in asdict(RunConfig()).items()}
-    for line in tagged(NAMES[0], "parameters").source.splitlines()[1:]:
-        assert re.fullmatch(
-            r'[A-Z_]+ = \S+ #@param (\{type:"(integer|number|string)"\}|\[.*\]( \{allow-input: true\})?)',
-            line,
-        ), line
+def forms(source):
+    """Return {name: choices, or None} of the lines that Colab shows as a field to fill in."""
+    found = {}
+    for name, form in re.findall(r"^(\w+) = [^#\n]+ #@param (.+)$", source, re.MULTILINE):
+        choices = re.match(r"\[.*?\]", form)
+        found[name] = tuple(json.loads(choices.group())) if choices else None
+    return found
+
+
+def test_the_parameter_cell_gives_a_beginner_few_forms_with_the_packages_defaults():
+    shown = parameters(NAMES[0])
+    assert list(shown) == [*forms(tagged(NAMES[0], "parameters").source), "MORE"]
+    assert 9 <= len(shown) - 1 <= 10 and shown["MORE"] == {}
+    defaults = asdict(RunConfig()) | asdict(Switches())
+    assert {name: defaults[name.lower()] for name in shown if name != "MORE"} | {"MORE": {}} == shown
 
 
 def test_the_choices_in_the_forms_are_the_packages():
-
-    from dpo_helpers.config import LOSS_TYPES, REPORT_TARGETS, TRAINERS
-
-    source, models = tagged(NAMES[0], "parameters").source, (*(entry.name for entry in MENU), "embedded")
-    for knob, choices in (
-        ("LOSS_TYPE", LOSS_TYPES),
-        ("REPORT_TO", REPORT_TARGETS),
-        ("TRAINER", TRAINERS),
-        ("MODEL_NAME", models),
-    ):
-        assert (
-            tuple(json.loads(re.search(rf"^{knob} = .*#@param (\[.*\])", source, re.MULTILINE).group(1)))
-            == choices
-        )
+    choices = forms(tagged(NAMES[0], "parameters").source)
+    assert choices["MODEL_NAME"][0] == RunConfig().model_name and "embedded" in choices["MODEL_NAME"]
+    (resume,) = (item for item in fields(Switches) if item.name == "resume")
+    assert choices["RESUME"] == resume.metadata["allowed"]
 
 
-def test_no_number_is_set_below_the_parameter_cell():
-    cells = own_code(NAMES[0])
-    below = cells[
-        next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])) + 1 :
-    ]
-    numbers = [
-        (cell.source, node.value.value)
-        for cell in below
-        for node in ast.walk(ast.parse(cell.source))
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, (int, float))
-        and not isinstance(node.value.value, bool)
-    ]
-    assert numbers == []
+@pytest.mark.parametrize("name", NAMES)
+def test_one_cell_holds_every_form_and_nothing_is_set_below_it(name):
+    """QUICK_FIX alone stands where it is needed: beside the diagnosis that asks for it."""
+    cells = own_code(name)
+    others = [cell.source for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
+    assert {form for source in others for form in forms(source)} <= {"QUICK_FIX"}
+    assert [set_values(source) for source in others if set_values(source) - {"QUICK_FIX"}] == []
 
 
-def test_the_demo_changes_only_knobs_that_exist():
+def set_values(source):
+    """Return the names that a cell gives a number, True or False, alone or in a list or dictionary."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign):
+            plain = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.UnaryOp, ast.USub, ast.Load)
+            inside = list(ast.walk(node.value))
+            values = [part.value for part in inside if isinstance(part, ast.Constant)]
+            is_value = all(isinstance(part, plain) for part in inside)
+            if is_value and any(isinstance(value, (int, float)) for value in values):
+                names.add(ast.unparse(node.targets[0]))
+    return names
+
+
+def test_a_number_or_a_switch_in_a_cell_is_seen():
+    assert set_values("A = 3\nB = -1e-3\nC = [1, 2]\nD = {'x': 0.5}\nE = True") == set("ABCDE")
+    assert set_values('A = "x"\nB = f(3)\nC = A\nD = [f(1)]') == set()
+
+
+def test_the_notebook_and_what_papermill_puts_behind_its_parameters_make_the_demos_run():
     import yaml
 
     changed = yaml.safe_load((ROOT / "tests" / "demo_parameters.yaml").read_text())
-    assert set(changed) <= set(parameters(NAMES[0])) and changed["MODEL_NAME"] == "embedded"
-    RunConfig.from_form(changed)
+    assert set(changed) <= set(parameters(NAMES[0]))
+    names = {}
+    exec(tagged(NAMES[0], "parameters").source, names)
+    exec("".join(f"{name} = {value!r}\n" for name, value in changed.items()), names)
+    config, switches = read_form(names)
+    expected = {name.lower(): value for name, value in changed.items() if name != "MORE"} | changed["MORE"]
+    assert config == RunConfig(**expected) and config.model_name == "embedded"
+    assert switches == Switches()
 
 
 def run_helpers_cell(capsys):
@@ -144,41 +154,65 @@ def empty_machine(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
+def read_package(folder):
+    files = {path.relative_to(folder): path for path in folder.rglob("*")}
+    return {name: path.read_bytes() for name, path in files.items() if path.suffix in (".py", ".json")}
+
+
 def test_the_cell_writes_the_whole_package_and_then_uses_it(empty_machine, capsys):
-    assert "作りました" in run_helpers_cell(capsys)
-    for path in [*(ROOT / "dpo_helpers").glob("*.py"), *(ROOT / "dpo_helpers").glob("*.json")]:
-        assert (empty_machine / "dpo_helpers" / path.name).read_bytes() == path.read_bytes()
+    assert "を用意しました" in run_helpers_cell(capsys)
+    assert read_package(empty_machine / "dpo_helpers") == read_package(ROOT / "dpo_helpers")
     assert "そのまま使います" in run_helpers_cell(capsys)
-    assert importlib.import_module("dpo_helpers.config").__file__ == str(
-        empty_machine / "dpo_helpers" / "config.py"
-    )
+    module = importlib.import_module("dpo_helpers.config")
+    assert module.__file__ == str(empty_machine / "dpo_helpers" / "config.py")
+    assert [path.name for path in empty_machine.iterdir()] == ["dpo_helpers"]
 
 
-def write_older_copy(folder):
-    """Make what an older notebook would have written: other contents, and the stamp of just these
-    contents.
-    """
-    (folder / "config.py").write_text("OLD = True\n")
-    names = {p.name: p.read_text() for p in folder.iterdir() if p.suffix in (".py", ".json")}
+def stamp_folder(folder):
+    """Note the folder's contents as an untouched copy of some other notebook's, as its cell would have."""
     source = tagged(NAMES[0], "helpers").source
-    scope = {}
-    exec(
-        source[source.index("def package_hash") : source.index("def install_package")],
-        {"hashlib": __import__("hashlib")},
-        scope,
-    )
-    (folder / ".written_by_notebook").write_text(scope["package_hash"](names))
+    scope = {"hashlib": hashlib}
+    exec(source[source.index("def stamp") : source.index("archive = ")], scope)
+    contents = {name.as_posix(): content for name, content in read_package(folder).items()}
+    (folder / ".written_by_notebook").write_text(scope["stamp"](contents))
 
 
 def test_a_copy_of_an_older_notebook_is_replaced_and_kept_beside(empty_machine, capsys):
     run_helpers_cell(capsys)
-    write_older_copy(empty_machine / "dpo_helpers")
-    assert "新しくしました" in run_helpers_cell(capsys)
-    assert (empty_machine / "dpo_helpers" / "config.py").read_text() == (
-        ROOT / "dpo_helpers" / "config.py"
-    ).read_text()
+    (empty_machine / "dpo_helpers" / "config.py").write_text("OLD = True\n")
+    stamp_folder(empty_machine / "dpo_helpers")
+    assert "新しくします" in run_helpers_cell(capsys)
+    assert read_package(empty_machine / "dpo_helpers") == read_package(ROOT / "dpo_helpers")
     (old,) = empty_machine.glob("dpo_helpers_old_*")
     assert (old / "config.py").read_text() == "OLD = True\n"
+
+
+def test_a_copy_of_the_time_without_rooms_is_replaced_too(empty_machine, capsys):
+    folder = empty_machine / "dpo_helpers"
+    folder.mkdir()
+    for name in ("__init__.py", "config.py", "training.py"):
+        (folder / name).write_text("OLD = True\n")
+    (folder / ".written_by_notebook").write_text("a hash of another kind")
+    assert "新しくします" in run_helpers_cell(capsys)
+    assert read_package(folder) == read_package(ROOT / "dpo_helpers")
+
+
+def test_a_copy_that_was_cut_off_is_written_again(empty_machine, capsys):
+    run_helpers_cell(capsys)
+    (empty_machine / "dpo_helpers" / "train" / "loop.py").unlink()
+    assert "書きかけ" in run_helpers_cell(capsys)
+    assert read_package(empty_machine / "dpo_helpers") == read_package(ROOT / "dpo_helpers")
+
+
+def test_modules_of_the_older_copy_are_forgotten(empty_machine, capsys):
+    folder = empty_machine / "dpo_helpers"
+    run_helpers_cell(capsys)
+    (folder / "config.py").write_text("OLD = True\n")
+    stamp_folder(folder)
+    importlib.invalidate_caches()
+    assert importlib.import_module("dpo_helpers.config").OLD
+    run_helpers_cell(capsys)
+    assert not hasattr(importlib.import_module("dpo_helpers.config"), "OLD")
 
 
 def test_the_users_own_changes_are_used_and_told(empty_machine, capsys):
@@ -187,39 +221,3 @@ def test_the_users_own_changes_are_used_and_told(empty_machine, capsys):
     changed.write_text(changed.read_text() + "MINE = True\n")
     assert "あなたの変更を優先" in run_helpers_cell(capsys)
     assert changed.read_text().endswith("MINE = True\n") and not list(empty_machine.glob("dpo_helpers_old_*"))
-
-
-def test_an_injected_switch_wins_over_the_form(monkeypatch):
-    import IPython
-
-    from dpo_helpers.tables import injected
-
-    class Shell:
-        user_ns = {
-            "In": [
-                "",
-                "USE_DRIVE = True",
-                '# Parameters\nUSE_DRIVE = False\nNAME = "x"\n',
-                "USE_DRIVE = True",
-            ]
-        }
-
-    monkeypatch.setattr(IPython, "get_ipython", Shell)
-    assert (
-        injected("USE_DRIVE", True) is False
-        and injected("NAME", "y") == "x"
-        and injected("QUICK_FIX", True) is True
-    )
-
-
-def test_a_users_problem_shows_as_its_message_alone():
-    from dpo_helpers.errors import UserError
-
-    assert UserError("直してください。")._render_traceback_() == ["", "⚠️ 直してください。"]
-
-
-def test_a_table_shows_counts_as_whole_numbers_beside_fractions():
-    from dpo_helpers.tables import show_table
-
-    html = show_table([{"値": 1000}, {"値": 0.5}]).to_html()
-    assert ">1000<" in html and ">0.5000<" in html

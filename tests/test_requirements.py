@@ -2,6 +2,9 @@ import re
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
+
+from dpo_helpers.setup.packages import REQUIREMENTS
 
 ROOT = Path(__file__).parent.parent
 # Colab's GPU image of 2026-08-19; trl, matplotlib-fontja and sacrebleu are not on it
@@ -19,6 +22,8 @@ COLAB = {
     "psutil": "5.9.5",
     "packaging": "26.3",
     "numpy": "2.1.3",
+    "scipy": "1.16.3",
+    "filelock": "3.32.3",
     "pyarrow": "18.1.0",
     "openpyxl": "3.1.5",
     "tqdm": "4.67.3",
@@ -57,10 +62,16 @@ def test_the_low_end_is_colabs():
     tested = {
         package: str(requirement.specifier) for package, requirement in read("constraints-colab.txt").items()
     }
-    assert {name: tested[name] for name in COLAB if name != "torch"} == {
-        name: f"=={v}" for name, v in COLAB.items() if name != "torch"
-    }
-    assert tested["trl"] == "==0.29.1"
+    assert {name: tested[name] for name in COLAB} == {name: f"=={v}" for name, v in COLAB.items()}
+    assert tested["trl"] == "==0.29.1" and Version(tested["torchao"][2:]) >= Version("0.16")
+
+
+def test_set_up_asks_for_nothing_that_the_requirements_do_not_list():
+    ranges = read("requirements.txt")
+    for line in REQUIREMENTS:
+        assert re.sub(r"[_.]", "-", Requirement(line).name) in ranges
+    assert str(ranges["trl"].specifier) == str(Requirement("trl>=0.29.1,<2").specifier)
+    assert "trl>=0.29.1,<2" in REQUIREMENTS
 
 
 def test_only_packages_that_are_declared_are_imported():
@@ -68,6 +79,7 @@ def test_only_packages_that_are_declared_are_imported():
         "dpo_helpers",
         "google",
         "IPython",
+        "pip",
     }
     import sys
 

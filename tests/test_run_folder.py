@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import PROMPT_TEMPLATE
+from dpo_helpers.data.prompt import PROMPT_TEMPLATE
 from dpo_helpers.keep.result import load_run
 from dpo_helpers.model.answer import generate_response
 

@@ -25,6 +25,7 @@ def make_config(tiny_models, **changes):
 
 
 def warm_up(run):
+    """Train the first stage; return the folder of the warmed-up adapter, or None."""
     return train_sft(run, run.config, find_machine("cpu"), run.rows[0])
 
 
@@ -37,12 +38,13 @@ def train_on(run, trainer, warmed_up=None):
 
 
 def train(run):
-    """Train both stages of a run that start_run opened; `run.rows` are the rows that it was opened with."""
+    """Train both stages of a run that start_run opened to their end; return the trainer of DPO."""
     warmed_up = warm_up(run)
     return train_on(run, build(run, warmed_up), warmed_up)
 
 
 def save(run, trainer):
+    """Save the result as the notebook does, without the evaluation; return the names of the files."""
     metrics = build_metrics(run, run.config, find_machine("cpu"), run.rows[0], trainer)
     return save_result(run, run.config, *run.rows, trainer, metrics)
 

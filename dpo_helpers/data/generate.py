@@ -1,122 +1,77 @@
-"""Makes the Japanese preference rows (prompt, chosen, rejected) and splits rows by concept; reading files
-is not done here.
+"""Makes the Japanese preference rows (prompt, chosen, rejected) and splits rows; reading files is not done
+here.
+
+Two kinds of question are held out. `new_concept`: no training row names the concept. `new_wording`: the same
+fact is trained, but asked in other words.
 """
 
-import json
 import random
+from collections import Counter
 from functools import cache
-from pathlib import Path
 
+from dpo_helpers.data.prompt import make_prompt
+from dpo_helpers.data.topics import (
+    FIELDS,
+    KIND_SHARES,
+    Fact,
+    list_asked,
+    list_forms,
+    list_groups,
+    list_kinds,
+    list_wordings,
+    make_rejected,
+    tell_fact,
+)
 from dpo_helpers.errors import UserError
 
-PROMPT_TEMPLATE = (
-    "質問: {question}\n回答:\n"  # it ends in a newline: no tokenizer tried merges that with an answer
-)
-QUESTION_PREFIXES = ("質問:", "質問：")
-ANSWER_MARK = "回答:"
-SIDES = ("chosen", "rejected")
-FIELDS = ("AI", "プログラミング", "データサイエンス")
-REJECTION_KINDS = ("vague", "evasive", "wrong_concept", "off_topic", "unfinished", "repetitive", "rude")
-CHOICES_PER_CELL = (
-    4  # rejected answers to be had for one prompt and kind: two longer and two shorter than chosen
-)
-LONGEST_ANSWER = 39  # characters; with any question that is at most 128 tokens in GPT-2's vocabulary
+UNSEEN = ("new_concept", "new_wording")
+NEAR = 4  # characters: lengths that differ by less count as equally near
+CHOICES = 4  # rejected answers to be had for one prompt and kind: two longer and two shorter than chosen
+# Characters plus kanji of prompt and answer: below this, all of them stay within 128 tokens of GPT-2's
+# vocabulary.
+HEAVIEST = 101
+CONCEPT_SHARE = 2 / 3  # of held_out_fraction: ten of 51 concepts a field at 0.3, each asked about five times
 
 
-def strip_question(text: str) -> str:
-    """Return the bare question: without 質問: in front, and without the answer's mark of a whole prompt."""
-    text = text.strip().removesuffix(ANSWER_MARK).strip()
-    for prefix in QUESTION_PREFIXES:
-        text = text.removeprefix(prefix).strip()
-    return text
-
-
-def make_prompt(question: str) -> str:
-    """Put a question into the one template that data, evaluation and generation share."""
-    return PROMPT_TEMPLATE.format(question=strip_question(question))
-
-
-@cache
-def load_topics() -> dict:
-    """Read topics.json: `questions` {form: [wording]}, `rejections` {kind: [text]}, `facts` {field:
-    {concept: [fact per form]}}.
-    """
-    return json.loads((Path(__file__).parent / "topics.json").read_text(encoding="utf-8"))
-
-
-def generate_preferences(num_samples: int, seed: int, held_out_fraction: float = 0.2) -> list[dict]:
+def generate_preferences(num_samples: int, seed: int, held_out_fraction: float = 0.3) -> list[dict]:
     """Return `num_samples` different rows; the same arguments give the same rows in the same order
     everywhere.
 
-    Keys: prompt, chosen, rejected, field, concept, question_form, rejection_kind. Fields and kinds come in
-    equal shares, and in each kind every second rejected answer is longer (in characters) than the chosen one,
-    so that length tells nothing. A rejected answer that speaks of another concept takes it from the same side
-    of the split that `split_rows` makes with the same seed and fraction: no sentence about a held-out concept
-    is ever trained on. Raises UserError when more rows are asked for than there are.
+    Keys: prompt, chosen, rejected, field, concept, question_form, rejection_kind, unseen ("" for a row to
+    train on, else one of UNSEEN). Half of the held-out rows are of each kind. A false answer takes its
+    sentence from a concept of the same side, so that no sentence about a held-out concept is trained on. In
+    each kind every second rejected answer is longer (in characters) than the chosen one. UserError where
+    there are not so many rows.
     """
-    order = _order_concepts(seed, held_out_fraction)
-    prompts = [
-        (form, wording) for form, wordings in load_topics()["questions"].items() for wording in wordings
+    held_count = round(num_samples * held_out_fraction / 2)
+    trained, held = divide_concepts(seed, held_out_fraction)
+    train_count = num_samples - 2 * held_count
+    rows = [
+        *_fill_cells(_train_cells(train_count, trained, seed), train_count, trained, seed, ""),
+        *_fill_cells(_new_concept_cells(held, seed), held_count, held, seed, "new_concept"),
+        *_fill_cells(
+            _new_wording_cells(train_count, trained, seed), held_count, trained, seed, "new_wording"
+        ),
     ]
-    rows_per_block = len(prompts) * len(REJECTION_KINDS)
-    available = len(order) * rows_per_block * CHOICES_PER_CELL
-    if num_samples > available:
-        raise UserError(
-            f"生成できるのは {available:,} 行までです（指定：{num_samples:,} 行）。"
-            "NUM_SAMPLES を減らしてください。"
-        )
-    sides = _group_by_side(order)
-    plans = {concept: _plan_concept(concept, seed, len(prompts)) for _, concept, _ in order}
-    first_choices, counts, rows = {}, dict.fromkeys(REJECTION_KINDS, 0), []
-    for number in range(num_samples):
-        turn, place = divmod(number, len(order))
-        field, concept, held_out = order[place]
-        # 12 prompts and 7 kinds share no divisor: stepping through both at once meets every pair of them
-        # once.
-        prompt_order, kind_order = plans[concept]
-        form, wording = prompts[prompt_order[turn % len(prompts)]]
-        kind = kind_order[turn % len(kind_order)]
-        cell = (concept, turn % rows_per_block)
-        if cell not in first_choices:
-            first_choices[cell] = counts[kind] % CHOICES_PER_CELL
-            counts[kind] += 1
-        choice = (first_choices[cell] + turn // rows_per_block) % CHOICES_PER_CELL
-        chosen = _fact(field, concept, form)
-        texts = _rejected_answers(kind, field, concept, form, sides[held_out])
-        rejected = _choose(texts, len(chosen), f"{seed}/{concept}/{wording}/{kind}")[choice]
-        rows.append(
-            {
-                "prompt": make_prompt(wording.format(concept)),
-                "chosen": chosen,
-                "rejected": rejected,
-                "field": field,
-                "concept": concept,
-                "question_form": form,
-                "rejection_kind": kind,
-            }
-        )
-    return rows
+    return _shuffle(rows, f"{seed}/rows")
 
 
 def split_rows(rows: list[dict], held_out_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Return (training rows, held-out rows) with no concept on both sides, in proportion within each field.
+    """Return (training rows, held-out rows).
 
-    Rows without a concept are split by prompt, so that no prompt is on both sides. Raises UserError when one
-    side is empty.
+    Generated rows say themselves where they belong (`unseen`). Others are split by whole prompt, or by their
+    column `group` where they have one, so that no prompt stands on both sides. UserError when a side is
+    empty.
     """
-    facts = load_topics()["facts"]
-    if all(row.get("concept") in facts.get(row.get("field"), ()) for row in rows):
-        held_out = {concept for _, concept, held in _order_concepts(seed, held_out_fraction) if held}
+    if all("unseen" in row for row in rows):
+        sides = [bool(row["unseen"]) for row in rows]
     else:
-        groups: dict[str, dict] = {}
-        for row in rows:
-            groups.setdefault(row.get("field") or "", {})[_group_of(row)] = True
-        held_out = set()
-        for name, members in sorted(groups.items()):
-            count = max(1, round(len(members) * held_out_fraction)) if len(members) > 1 else 0
-            held_out.update(_shuffle(sorted(members), f"{seed}/split/{name}")[:count])
-    training = [row for row in rows if _group_of(row) not in held_out]
-    evaluation = [row for row in rows if _group_of(row) in held_out]
+        groups = sorted({row.get("group") or row["prompt"] for row in rows})
+        count = max(1, round(len(groups) * held_out_fraction)) if len(groups) > 1 else 0
+        held_out = set(_shuffle(groups, f"{seed}/split")[:count])
+        sides = [(row.get("group") or row["prompt"]) in held_out for row in rows]
+    training = [row for row, held in zip(rows, sides, strict=True) if not held]
+    evaluation = [row for row, held in zip(rows, sides, strict=True) if held]
     if not training or not evaluation:
         raise UserError(
             f"{len(rows)} 行を学習用と評価用に分けられません（学習用 {len(training)} 行、"
@@ -126,110 +81,141 @@ def split_rows(rows: list[dict], held_out_fraction: float, seed: int) -> tuple[l
     return training, evaluation
 
 
-def _group_of(row: dict) -> str:
-    return row.get("concept") or row["prompt"]
+@cache
+def divide_concepts(seed: int, held_out_fraction: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (trained, held-out) concepts, fields alternating; what the notebooks ask about is always
+    trained.
+    """
+    always = {fact.concept for fact, _ in list_asked()} | set(FIELDS)
+    trained, held = [], []
+    for field in FIELDS:
+        names = sorted(name for name, (own, _) in list_groups().items() if own == field)
+        free = _shuffle([name for name in names if name not in always], f"{seed}/concepts/{field}")
+        count = max(2, round(len(names) * held_out_fraction * CONCEPT_SHARE))
+        held.append(free[:count])
+        trained.append(_shuffle([*free[count:], *sorted(always & set(names))], f"{seed}/trained/{field}"))
+    return tuple(_interleave(trained)), tuple(_interleave(held))
 
 
-def _shuffle(items: list, key: str) -> list:
+def _shuffle(items, key: str) -> list:
     """Shuffle by a string key. Only random() is used: its sequence is the same on every Python version."""
     draw = random.Random(key)
     return sorted(items, key=lambda _: draw.random())
 
 
+def _interleave(columns: list[list]) -> list:
+    longest = max(map(len, columns))
+    return [column[i] for i in range(longest) for column in columns if i < len(column)]
+
+
+def _list_facts(concepts, seed: int) -> list[Fact]:
+    """Return all facts of the concepts: first one of each concept, then a second of each, and so on."""
+    forms = {name: _shuffle(list_forms(), f"{seed}/forms/{name}") for name in concepts}
+    groups = list_groups()
+    return [
+        Fact(groups[name][0], name, forms[name][turn])
+        for turn in range(len(list_forms()))
+        for name in concepts
+    ]
+
+
+def _plan_training(count: int, concepts, seed: int) -> list[tuple[Fact, str, list[str]]]:
+    """Return (fact, held-out question, questions to train on) of the facts that `count` rows teach.
+
+    Every fact is taught in two wordings before a further fact is taken.
+    """
+    asked = dict(list_asked())
+    facts = [*asked, *(fact for fact in _list_facts(concepts, seed) if fact not in asked)]
+    plan = []
+    for fact in facts[: max(len(asked), -(-count // 2))]:
+        order = _shuffle(list_wordings(fact), f"{seed}/wordings/{fact.concept}/{fact.form}")
+        held = asked.get(fact, order[0])
+        plan.append((fact, held, [question for question in order if question != held]))
+    return plan
+
+
+def _train_cells(count: int, concepts, seed: int) -> list[tuple[Fact, str]]:
+    plan = _plan_training(count, concepts, seed)
+    return [(fact, questions[turn]) for turn in range(2) for fact, _, questions in plan]
+
+
+def _new_wording_cells(count: int, concepts, seed: int) -> list[tuple[Fact, str]]:
+    """Return the held-out question of every trained fact, those that the notebooks ask first."""
+    plan = [(fact, held) for fact, held, _ in _plan_training(count, concepts, seed)]
+    asked = len(list_asked())
+    return plan[:asked] + _shuffle(plan[asked:count], f"{seed}/new wording")
+
+
+def _new_concept_cells(concepts, seed: int) -> list[tuple[Fact, str]]:
+    facts = _list_facts(concepts, seed)
+    order = {
+        fact: _shuffle(list_wordings(fact), f"{seed}/wordings/{fact.concept}/{fact.form}") for fact in facts
+    }
+    return [(fact, order[fact][turn]) for turn in range(3) for fact in facts]
+
+
+def _fill_cells(cells: list[tuple[Fact, str]], count: int, side, seed: int, unseen: str) -> list[dict]:
+    """Make `count` rows of (fact, question) cells, round after round, with the kinds in their shares.
+
+    A cell whose rejected answers are used up is passed over; no fact has one kind twice in a row.
+    """
+    rows, used, last, by_kind = [], set(), {}, Counter()
+    for number in range(len(cells) * len(KIND_SHARES) * CHOICES):
+        if len(rows) == count:
+            break
+        fact, question = cells[number % len(cells)]
+        kinds = _shuffle(list_kinds(fact), f"{seed}/kinds/{unseen}/{number}")
+        for kind in sorted(kinds, key=lambda k: (k == last.get(fact), (by_kind[k] + 1) / KIND_SHARES[k])):
+            left = [
+                text for text in _choose(kind, fact, question, side, seed) if (question, text) not in used
+            ]
+            if left:
+                # in turn longer and shorter than the chosen answer, where there is a choice
+                left.sort(key=lambda text: (len(text) > len(tell_fact(fact))) != by_kind[kind] % 2)
+                rows.append(_make_row(fact, question, left[0], kind, unseen))
+                used.add((question, left[0]))
+                by_kind[kind] += 1
+                last[fact] = kind
+                break
+    if len(rows) < count:
+        raise UserError(
+            f"生成できる行が足りません（必要：{count:,} 行、作れるのは {len(rows):,} 行まで）。"
+            "NUM_SAMPLES を減らしてください。"
+        )
+    return rows
+
+
+def _make_row(fact: Fact, question: str, rejected: str, kind: str, unseen: str) -> dict:
+    return {
+        "prompt": make_prompt(question),
+        "chosen": tell_fact(fact),
+        "rejected": rejected,
+        "field": fact.field,
+        "concept": fact.concept,
+        "question_form": fact.form,
+        "rejection_kind": kind,
+        "unseen": unseen,
+    }
+
+
 @cache
-def _order_concepts(seed: int, held_out_fraction: float) -> list[tuple[str, str, bool]]:
-    """Return (field, concept, is held out) so that every stretch of the list holds fields and sides in
-    their shares.
+def _choose(kind: str, fact: Fact, question: str, side: tuple[str, ...], seed: int) -> list[str]:
+    """Pick four rejected answers, in turn longer and shorter than the chosen one; one side fills in for the
+    other.
+
+    Their lengths are near the chosen one's, so that a text far from the usual length gives nothing away
+    either.
     """
-    columns = []
-    for field in FIELDS:
-        names = _shuffle(sorted(load_topics()["facts"][field]), f"{seed}/concepts/{field}")
-        count = round(len(names) * held_out_fraction)
-        held, trained = names[:count], names[count:]
-        spread = [
-            ((i + 0.5) / len(part), name, part is held)
-            for part in (held, trained)
-            for i, name in enumerate(part)
-        ]
-        columns.append([(field, name, is_held) for _, name, is_held in sorted(spread)])
-    return [entry for line in zip(*columns, strict=True) for entry in line]
+    length, prompt = len(tell_fact(fact)), make_prompt(question)
+    texts = sorted({text for text in make_rejected(kind, fact, side) if _weigh(prompt + text) < HEAVIEST})
+    texts = _shuffle(texts, f"{seed}/{question}/{kind}")
+    texts.sort(
+        key=lambda text: abs(len(text) - length) // NEAR
+    )  # stable: near lengths first, in random order
+    longer = [text for text in texts if len(text) > length]
+    shorter = [text for text in texts if len(text) < length]
+    return (_interleave([longer, shorter]) if longer and shorter else texts)[:CHOICES]
 
 
-def _group_by_side(order) -> dict[bool, dict[str, list[str]]]:
-    sides = {held: {field: [] for field in FIELDS} for held in (False, True)}
-    for field, concept, held in order:
-        sides[held][field].append(concept)
-    return sides
-
-
-def _plan_concept(concept: str, seed: int, prompts: int) -> tuple[list[int], list[str]]:
-    kinds = _shuffle(list(REJECTION_KINDS), f"{seed}/kinds/{concept}")
-    return _shuffle(list(range(prompts)), f"{seed}/prompts/{concept}"), kinds
-
-
-def _fact(field: str, concept: str, form: str) -> str:
-    topics = load_topics()
-    return topics["facts"][field][concept][list(topics["questions"]).index(form)].format(concept)
-
-
-def _rejected_answers(
-    kind: str, field: str, concept: str, form: str, side: dict[str, list[str]]
-) -> list[str]:
-    """Return every rejected answer of one kind for one question."""
-    forms = list(load_topics()["questions"])
-    chosen = _fact(field, concept, form)
-    if kind == "wrong_concept":  # true, answers this form, but explains another concept of the field
-        return [_fact(field, other, form) for other in side[field] if other != concept]
-    if kind == "off_topic":  # true, but about another field and another form
-        return [
-            _fact(other_field, other, other_form)
-            for other_field in FIELDS
-            if other_field != field
-            for other in side[other_field]
-            for other_form in forms
-            if other_form != form
-        ]
-    if kind == "unfinished":
-        return _unfinished(chosen, [_fact(field, concept, other) for other in forms if other != form])
-    if kind == "repetitive":
-        return _repetitive(chosen, concept)
-    return [text.format(concept) for text in load_topics()["rejections"][kind]]
-
-
-def _unfinished(chosen: str, others: list[str]) -> list[str]:
-    """Cut sentences in the middle: the chosen one (shorter), or another fact and the beginning of the
-    chosen one (longer).
-    """
-    shorter = [chosen[: int(len(chosen) * share)] for share in (0.5, 0.6, 0.7, 0.8)]
-    longer = [(other + chosen)[: len(chosen) + extra] for other in others for extra in (2, 3, 4, 5)]
-    return [text for text in shorter + longer if text[-1] not in "。、"]
-
-
-def _repetitive(chosen: str, concept: str) -> list[str]:
-    """Repeat a few characters of the answer, or a filler word, as a model that is stuck does.
-
-    Loops of the answer stay under 28 characters (a kanji can cost three tokens); fillers of plain kana serve
-    above that.
-    """
-    start = chosen.index("、") + 1 if "、" in chosen[:-8] else len(concept) + 1
-    loops = [chosen[start : start + size] * times for size in (2, 3, 4, 5, 6) for times in range(3, 14)]
-    loops = [text for loop in loops for text in (loop, chosen[:start] + loop) if len(text) < 28]
-    fillers = ("とても、", "それは、", "つまり、", "です。", "ます。", "はい、", "なので、", "また、")
-    return loops + [filler * times for filler in fillers for times in range(3, 14)]
-
-
-def _choose(texts: list[str], chosen_length: int, key: str) -> list[str]:
-    """Pick four texts, in turn longer and shorter than the chosen answer; where one side has too few, the
-    other fills in.
-    """
-    different = sorted({text for text in texts if len(text) <= LONGEST_ANSWER})
-    texts = _shuffle(different, key)
-    half = CHOICES_PER_CELL // 2
-    longer = [text for text in texts if len(text) > chosen_length][:half]
-    shorter = [text for text in texts if len(text) < chosen_length][:half]
-    spare = [text for text in texts if text not in longer + shorter]
-    while len(longer) < half:
-        longer.append(spare.pop())
-    while len(shorter) < half:
-        shorter.append(spare.pop())
-    return [text for pair in zip(longer, shorter, strict=True) for text in pair]
+def _weigh(text: str) -> int:
+    return len(text) + sum("一" <= letter <= "鿿" for letter in text)

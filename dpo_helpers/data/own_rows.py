@@ -1,20 +1,37 @@
-"""Validates the user's own preference rows and says row by row what is wrong with them; row_sources opens
-files, row_checks judges one row.
-"""
+"""Collects the rows of a run, generated ones or the user's own, and says what is wrong with which of them."""
 
 import json
 import sys
-from array import array
 from collections import Counter
-from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_helpers.data.row_checks import REASONS, BadRow, normalize_record
-from dpo_helpers.data.row_sources import EXTRA_KEYS, KEYS, open_source
+from dpo_helpers.data.generate import generate_preferences
+from dpo_helpers.data.row_checks import (
+    CHOICE_NAME,
+    OWN_KEYS,
+    REASONS,
+    BadRow,
+    fold_name,
+    match_columns,
+    normalize_record,
+    open_task,
+    read_mapping,
+    show_name,
+)
+from dpo_helpers.data.row_sources import open_source
+from dpo_helpers.data.tokens import (
+    RowTokens,
+    build_token_report,
+    describe_token_report,
+    drop_unusable,
+    measure_rows,
+)
 from dpo_helpers.errors import UserError
+from dpo_helpers.files import write_rows
 
-BATCH_ROWS = 10_000
+TOKEN_BATCH = 5_000  # rows whose token ids are held at once
 
 
 class RowProblem(NamedTuple):
@@ -25,6 +42,16 @@ class RowProblem(NamedTuple):
     message: str
 
 
+class CheckedRows(NamedTuple):
+    """What a source gave: rows and problems together are its records."""
+
+    rows: list[dict]
+    problems: list[RowProblem]
+    notes: list[str]  # what was guessed, changed or not used, counted
+    unit: str  # how a position is called: 行目 or 件目
+    measured: list[RowTokens]  # of all readable rows, where a tokenizer was given
+
+
 class RowErrors(UserError):
     """Some rows are wrong; `problems` holds all of them, the text the first 20."""
 
@@ -33,43 +60,125 @@ class RowErrors(UserError):
         self.problems = problems
 
 
-class PreferenceRows(Sequence):
-    """A read-only sequence of row dicts over Arrow batches, because a million rows as a list of dicts need 1
-    GiB.
+def check_rows(
+    source, columns: dict | None = None, tokenizer=None, max_length: int = 128, split: str = "train"
+) -> CheckedRows:
+    """Read a file, a saved data set or a Hub data set (see open_source) and judge every row of it.
 
-    `problems` are the rows that were left out, `unit` is how their position is called, and `measured` the
-    RowTokens of all readable rows where a tokenizer was given. A slice is a list.
+    `columns` maps names of columns to prompt, chosen, rejected or another role of ALIASES. Prompts are put
+    into the project's template, answers are stripped of outer white space, conversations become text. With a
+    tokenizer, rows that leave nothing to learn within `max_length` tokens count as too long. Of rows that
+    repeat or contradict earlier ones, the later is the problem. UserError: the source cannot be read.
     """
-
-    def __init__(self, batches, problems: list[RowProblem], unit: str, measured: list):
-        import pyarrow
-
-        self.table = pyarrow.Table.from_batches(batches, _schema())
-        self.problems, self.unit, self.measured = problems, unit, measured
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return _present(self.table.slice(index % len(self), 1).to_pylist()[0])
-
-    def __iter__(self):
-        for batch in self.table.to_batches():
-            yield from map(_present, batch.to_pylist())
+    explicit = read_mapping(columns)
+    opened = open_source(source, explicit, split)
+    if not opened.records:
+        raise UserError(f"{show_name(source)} に行がありません。ファイルの中身を確かめてください。")
+    changes, numbered, problems = Counter(), [], []
+    for position, record in _show_progress(opened.records, "行の確認"):
+        try:
+            numbered.append((position, normalize_record(record, explicit, changes)))
+        except BadRow as bad:
+            problems.append(RowProblem(position, *bad.args))
+    numbered, measured, too_long = _leave_out_too_long(numbered, tokenizer, max_length)
+    conflicts = find_conflicts(numbered, opened.unit)
+    wrong = {problem.position for problem in conflicts}
+    rows = [row for position, row in numbered if position not in wrong]
+    notes = opened.notes + _note_columns(opened, explicit, _keep_own_columns(rows))
+    notes += [f"{sentence}（{count:,} 行）" for sentence, count in changes.items()]
+    return CheckedRows(rows, sorted(problems + too_long + conflicts), notes, opened.unit, measured)
 
 
-def _present(row: dict) -> dict:
-    return {key: value for key, value in row.items() if value is not None}
+def _show_progress(items: list, what: str):
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what, unit="行", disable=len(items) < 20_000)
 
 
-def _schema():
-    import pyarrow
+def _keep_own_columns(rows: list[dict]) -> bool:
+    """Take our own columns out of rows that were not all made by us; return whether they stay."""
+    stays = bool(rows) and all("concept" in row for row in rows)
+    for row in rows if not stays else ():
+        for key in OWN_KEYS:
+            row.pop(key, None)
+    return stays
 
-    return pyarrow.schema([(key, pyarrow.large_string()) for key in KEYS + EXTRA_KEYS])
+
+def _note_columns(opened, explicit: tuple, are_ours: bool) -> list[str]:
+    """Name the columns that no row is made of."""
+    records = [open_task(record) for _, record in opened.records if isinstance(record, dict)]
+    shapes = {tuple(record) for record in records}
+    found = [match_columns(shape, explicit)[0] for shape in shapes]
+    used = {name for roles in found for role, name in roles.items() if are_ours or role not in OWN_KEYS}
+    if any("first" in roles for roles in found):
+        used |= {name for shape in shapes for name in shape if CHOICE_NAME.search(fold_name(name))}
+    names = dict.fromkeys(name for shape in [opened.names, *shapes] for name in shape)
+    unused = [show_name(name) for name in names if name not in used]
+    more = f" ほか {len(unused) - 20}" if len(unused) > 20 else ""
+    return [f"使わない列：{'、'.join(unused[:20])}{more}"] if unused else []
+
+
+def _leave_out_too_long(numbered: list, tokenizer, max_length: int) -> tuple[list, list, list[RowProblem]]:
+    """Return (numbered rows with something to learn, the RowTokens of all, the problems)."""
+    if tokenizer is None:
+        return numbered, [], []
+    measured = []
+    for start in _show_progress(range(0, len(numbered), TOKEN_BATCH), "トークン数"):
+        batch = [row for _, row in numbered[start : start + TOKEN_BATCH]]
+        measured += measure_rows(batch, tokenizer, max_length)
+    kept, problems = [], []
+    for (position, row), tokens in zip(numbered, measured, strict=True):
+        if tokens.usable:
+            kept.append((position, row))
+        else:
+            text = (
+                f"長すぎて、{max_length} トークンで切ると学べるところが残りません（{tokens.tokens} トークン）"
+            )
+            problems.append(RowProblem(position, "too_long", text))
+    return kept, measured, problems
+
+
+def find_conflicts(numbered: list[tuple[int, dict]], unit: str = "行目") -> list[RowProblem]:
+    """Return the rows that repeat an earlier one, reverse it, or close a circle of preferences.
+
+    All that is compared stands under one whole prompt, system and earlier turns included. Rankings that are
+    written out as pairs (A over B, A over C, B over C) are no conflict.
+    """
+    pairs: dict[tuple, int] = {}
+    better: dict[str, dict] = {}  # {prompt: {rejected: {chosen: position}}}
+    problems = []
+    for position, row in numbered:
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        if (other := pairs.get((prompt, chosen, rejected))) is not None:
+            problems.append(RowProblem(position, "duplicate", f"{other}{unit}と同じ行です"))
+        elif (other := pairs.get((prompt, rejected, chosen))) is not None:
+            text = f"{other}{unit}と、同じ質問の chosen と rejected が入れ替わっているようです"
+            problems.append(RowProblem(position, "swapped", text))
+        else:
+            pairs[prompt, chosen, rejected] = position
+            better.setdefault(prompt, {}).setdefault(rejected, {})[chosen] = position
+    return problems + [problem for graph in better.values() for problem in _break_circles(graph, unit)]
+
+
+def _break_circles(graph: dict[str, dict[str, int]], unit: str) -> list[RowProblem]:
+    """Take the latest row out of each circle of {rejected: {chosen: position}} until none is left."""
+    from graphlib import CycleError, TopologicalSorter
+
+    problems = []
+    while len(graph) > 2:
+        try:
+            TopologicalSorter(graph).prepare()
+            break
+        except CycleError as error:
+            circle = error.args[1]  # each stands before the one that it is better than; the first is the last
+            edges = {graph[worse][better]: (worse, better) for better, worse in pairwise(circle)}
+            latest = max(edges)
+            others = "、".join(f"{position}{unit}" for position in sorted(edges)[:-1][:5])
+            worse, better = edges[latest]
+            del graph[worse][better]
+            text = f"{others}と合わせると、同じ質問の回答の順位が一回りして決まりません"
+            problems.append(RowProblem(latest, "swapped", text))
+    return problems
 
 
 def load_preferences(
@@ -79,212 +188,104 @@ def load_preferences(
     dropped_file=None,
     tokenizer=None,
     max_length: int = 128,
-    split="train",
-) -> PreferenceRows:
-    """Return the valid rows of a CSV, TSV, JSON, JSONL, Parquet or Excel file, or of a Hub data set's
-    `split`.
+    split: str = "train",
+) -> list[dict]:
+    """Return the good rows of check_rows, whose arguments these are.
 
-    `columns` maps prompt, chosen, rejected to the file's own names where they are not among ALIASES. Prompts
-    are put into the project's template, answers are stripped of outer white space, conversations become text.
-    With a tokenizer, rows that leave nothing to learn within `max_length` tokens count as too long. Of rows
-    that repeat or contradict an earlier one, the later is reported. Raises RowErrors with every wrong row,
-    or, with `on_error="drop"`, leaves them out and writes them to `dropped_file` (JSON Lines) if given;
-    raises UserError when the source cannot be read or no row is left.
+    Raises RowErrors with every wrong row, or, with `on_error="drop"`, leaves them out and writes them to
+    `dropped_file` (JSON Lines) if given; no row left is an error either way.
     """
-    columns = columns or {}
-    if on_error not in ("raise", "drop") or not set(columns) <= set(KEYS + EXTRA_KEYS):
-        raise UserError(
-            f'on_error は "raise" か "drop"、columns は {", ".join(KEYS)} から列名への対応にしてください。'
-        )
-    try:
-        unit, total, records = open_source(source, columns, split)
-        rows = _collect(records, unit, total, tuple(columns.items()), tokenizer, max_length)
-    except OSError as error:
-        raise UserError(f"{source} を読めません（{error}）。場所とアクセス権を確かめてください。") from error
+    checked = check_rows(source, columns, tokenizer, max_length, split)
+    return settle_problems(checked, str(source), on_error, dropped_file)
+
+
+def settle_problems(checked: CheckedRows, source: str, on_error: str, dropped_file=None) -> list[dict]:
+    """Return the rows, or raise RowErrors where there are problems that `on_error` does not drop."""
+    if on_error not in ("raise", "drop"):
+        raise UserError('on_error は "raise" か "drop" にしてください。')
     if dropped_file is not None and on_error == "drop":
-        _write_lines(
-            dropped_file,
-            (
-                {"place": f"{p.position}{unit}", "reason": p.reason, "message": p.message}
-                for p in rows.problems
-            ),
-        )
-    if not rows and not rows.problems:
-        raise UserError(f"{source} に行がありません。ファイルの中身を確かめてください。")
-    if rows.problems and (on_error == "raise" or not rows):
-        raise RowErrors(describe_problems(rows, str(source)), rows.problems)
-    return rows
+        _write_lines(dropped_file, _list_problems(checked))
+    if checked.problems and (on_error == "raise" or not checked.rows):
+        raise RowErrors(describe_problems(checked, source), checked.problems)
+    return checked.rows
 
 
-def describe_problems(rows: PreferenceRows, source: str) -> str:
-    """Say in Japanese which rows are wrong: the count, the first 20, how many for each reason, and what to
-    do.
-    """
-    bad, total = len(rows.problems), len(rows) + len(rows.problems)
-    lines = [f"  {item.position}{rows.unit}: {item.message}" for item in rows.problems[:20]]
-    if bad > 20:
-        lines.append(f"  ほか {bad - 20:,} 行")
-    if bad == total > 1 and len({item.message for item in rows.problems}) == 1:
-        lines = [f"  すべての行: {rows.problems[0].message}"]
-    reasons = "、".join(f"{row['理由']} {row['行数']:,}" for row in count_problems(rows))
-    lines.append(
-        "元のデータを直すか、これらの行を除いてください（ノートブックでは DROP_BAD_ROWS "
-        "をオンに、ターミナルでは --on-error drop）。"
-    )
-    if any(item.reason == "missing" for item in rows.problems):
-        lines.append(
-            "列の名前を prompt、chosen、rejected（または 質問、良い回答、悪い回答）に直すと読めます。"
-        )
-    return f"{source} の {total:,} 行のうち {bad:,} 行に誤りがあります（{reasons}）。\n" + "\n".join(lines)
+def _list_problems(checked: CheckedRows) -> list[dict]:
+    return [
+        {"place": f"{p.position}{checked.unit}", "reason": p.reason, "message": p.message}
+        for p in checked.problems
+    ]
 
 
-def count_problems(rows: PreferenceRows) -> list[dict]:
-    """Return how many rows were left out for each reason, as rows of a Japanese table."""
-    counts = Counter(item.reason for item in rows.problems)
-    return [{"理由": text, "行数": counts[reason]} for reason, text in REASONS.items() if counts[reason]]
-
-
-def _write_lines(path, entries) -> None:
-    """Write dicts as JSON Lines one by one, so that a million rows are never one text."""
+def _write_lines(path, rows: list[dict]) -> None:
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        write_rows(path, rows)
     except OSError as error:
         raise UserError(f"{path} に書き込めません（{error}）。書き込める場所を指定してください。") from error
 
 
-def _collect(records, unit: str, total: int, explicit: tuple, tokenizer, max_length: int) -> PreferenceRows:
-    """Check every record by itself, then against the earlier ones, and keep the good rows as Arrow
-    batches.
+def describe_problems(checked: CheckedRows, source: str) -> str:
+    """Say which rows are wrong: the count, the first 20, how many for each reason, and what to do."""
+    problems, total = checked.problems, len(checked.rows) + len(checked.problems)
+    lines = [f"  {item.position}{checked.unit}: {item.message}" for item in problems[:20]]
+    if len(problems) > 20:
+        lines.append(f"  ほか {len(problems) - 20:,} 行")
+    if len(problems) == total > 1 and len({item.message for item in problems}) == 1:
+        lines = [f"  すべての行: {problems[0].message}"]
+    reasons = "、".join(f"{row['理由']} {row['行数']:,}" for row in count_problems(problems))
+    lines.append(
+        "元のデータを直すか、これらの行を除いてください（ノートブックでは DROP_BAD_ROWS をオンに、"
+        "ターミナルでは --on-error drop）。"
+    )
+    head = f"{show_name(source)} の {total:,} 行のうち {len(problems):,} 行に誤りがあります（{reasons}）。"
+    return "\n".join([head, *lines])
+
+
+def count_problems(problems: list[RowProblem]) -> list[dict]:
+    """Return how many rows were left out for each reason, as rows of a Japanese table."""
+    counts = Counter(item.reason for item in problems)
+    return [{"理由": text, "行数": counts[reason]} for reason, text in REASONS.items() if counts[reason]]
+
+
+def collect_rows(
+    config, tokenizer, source: str = "", on_error: str = "raise", folder=None, columns: dict | None = None
+) -> list[dict]:
+    """Return the rows of a run, generated or all of `source`, and tell what was left out, changed or guessed.
+
+    With `on_error="drop"` the wrong rows of `source` are listed in folder/dropped_rows.jsonl.
     """
-    import pyarrow
-    from tqdm.auto import tqdm
-
-    batches, problems, measured, waiting = [], [], [], []
-    positions, chosen_keys, rejected_keys = array("q"), array("q"), array("q")
-
-    def flush():
-        if tokenizer is not None:
-            measured.extend(_leave_out_too_long(waiting, tokenizer, max_length, problems))
-        for position, row in waiting:
-            positions.append(position)
-            chosen_keys.append(
-                hash((row["prompt"], row["chosen"]))
-            )  # 64 bits: two of a million rows collide once in 10^7 files
-            rejected_keys.append(hash((row["prompt"], row["rejected"])))
-        batches.append(pyarrow.RecordBatch.from_pylist([row for _, row in waiting], schema=_schema()))
-        waiting.clear()
-
-    for position, record in tqdm(records, total=total, desc="行の確認", unit="行", disable=total < 20_000):
-        try:
-            waiting.append((position, normalize_record(record, explicit)))
-        except BadRow as bad:
-            problems.append(RowProblem(position, *bad.args))
-        if len(waiting) == BATCH_ROWS:
-            flush()
-    flush()
-    repeats = _find_repeats(chosen_keys, rejected_keys)
-    for index, (reason, other) in repeats.items():
-        what = (
-            "と同じ行です"
-            if reason == "duplicate"
-            else "と、同じ質問の chosen と rejected が入れ替わっているようです"
-        )
-        problems.append(RowProblem(positions[index], reason, f"{positions[other]}{unit}{what}"))
-    start = 0
-    for number, batch in enumerate(batches):
-        if repeats:
-            batches[number] = batch.filter(
-                pyarrow.array([start + i not in repeats for i in range(len(batch))], "bool")
-            )
-        start += len(batch)
-    return PreferenceRows(batches, sorted(problems), unit, measured)
-
-
-def _leave_out_too_long(waiting: list, tokenizer, max_length: int, problems: list[RowProblem]) -> list:
-    """Take rows that leave nothing to learn within `max_length` out of `waiting`; return the RowTokens of
-    all of them.
-    """
-    from dpo_helpers.data.tokens import measure_rows
-
-    measured = measure_rows([row for _, row in waiting], tokenizer, max_length)
-    for (position, _), row in zip(waiting, measured, strict=True):
-        if not row.usable:
-            text = f"長すぎて、{max_length} トークンで切ると学べるところが残りません（{row.tokens} トークン）"
-            problems.append(RowProblem(position, "too_long", text))
-    waiting[:] = [item for item, row in zip(waiting, measured, strict=True) if row.usable]
-    return measured
-
-
-def _find_repeats(chosen_keys: array, rejected_keys: array) -> dict[int, tuple[str, int]]:
-    """Return {index of a row: (reason, index of the first row that it repeats or contradicts)}; arrays, as a
-    million keys are large.
-
-    Swapped-looking: with the same prompt, a text is chosen in one row and rejected in another.
-    """
-    import numpy
-
-    if not chosen_keys:
-        return {}
-    chosen, rejected = (numpy.frombuffer(keys, "int64") for keys in (chosen_keys, rejected_keys))
-    both, here = (
-        chosen * 1_000_003 + rejected,
-        numpy.arange(len(chosen)),
-    )  # the sum wraps around, as a hash may
-
-    def first_index(of, among):
-        values, first = numpy.unique(among, return_index=True)
-        place = numpy.searchsorted(values, of).clip(max=len(values) - 1)
-        return numpy.where(values[place] == of, first[place], len(among))
-
-    repeats = {}
-    for reason, other in (
-        ("duplicate", first_index(both, both)),
-        ("swapped", first_index(chosen, rejected)),
-        ("swapped", first_index(rejected, chosen)),
-    ):
-        for index in numpy.flatnonzero(other < here).tolist():
-            repeats.setdefault(index, (reason, int(other[index])))
-    return repeats
-
-
-def collect_rows(config, tokenizer, source: str = "", on_error: str = "raise", folder=None) -> Sequence:
-    """Return the rows of a run: generated ones, or all of `source`; those that leave nothing to learn are
-    left out, and told.
-
-    With `on_error="drop"` the wrong rows of `source` are counted too, and listed in
-    folder/dropped_rows.jsonl.
-    """
-    from dpo_helpers.data.generate import generate_preferences
-    from dpo_helpers.data.tokens import drop_unusable
-
     if not source:
         rows = generate_preferences(config.num_samples, config.seed, config.held_out_fraction)
         rows, dropped = drop_unusable(rows, tokenizer, config.max_length)
         if dropped:
             print(
-                f"{config.max_length} トークンで切ると学べるところが残らない {len(dropped):,} "
-                "行を除きました。MAX_LENGTH を増やすと使えます。"
+                f"{config.max_length} トークンで切ると学べない {len(dropped):,} 行を除きました。"
+                "MAX_LENGTH を増やすと使えます。"
             )
         return rows
     listed = Path(folder) / "dropped_rows.jsonl" if folder else None
-    rows = load_preferences(
-        source, on_error=on_error, dropped_file=listed, tokenizer=tokenizer, max_length=config.max_length
-    )
-    print(f"{source}：{len(rows):,} 行を使います。")
-    if rows.problems:
-        reasons = "、".join(f"{line['理由']} {line['行数']:,}" for line in count_problems(rows))
-        print(f"{len(rows.problems):,} 行を除きました（{reasons}）。一覧：{listed}")
+    checked = check_rows(source, columns, tokenizer, config.max_length)
+    print("\n".join([f"{show_name(source)}：{len(checked.rows):,} 行を使います。", *checked.notes]))
+    rows = settle_problems(checked, source, on_error, listed)
+    if checked.problems:
+        reasons = "、".join(f"{line['理由']} {line['行数']:,}" for line in count_problems(checked.problems))
+        print(
+            f"{len(checked.problems):,} 行を除きました（{reasons}）。" + (f"一覧：{listed}" if listed else "")
+        )
     return rows
 
 
-def run_data(arguments) -> int:
+def parse_columns(pairs: list[str]) -> dict[str, str]:
+    """Turn the terminal's 列名=役割 words into the mapping that `columns` takes."""
+    if wrong := [show_name(pair) for pair in pairs if "=" not in pair]:
+        raise UserError(f"--column は 列名=役割 の形で書いてください（誤り：{'、'.join(wrong)}）。")
+    return dict(pair.rsplit("=", 1) for pair in pairs)
+
+
+def run_data(arguments, load_tokenizer) -> int:
     """Generate or check rows as the options say; return 0, or 1 for row errors (told on standard error).
     UserError: unreadable.
     """
-    from dpo_helpers.data.generate import generate_preferences
-    from dpo_helpers.data.tokens import build_token_report, describe_token_report, measure_rows
-    from dpo_helpers.model.load import load_tokenizer
 
     if (
         not (arguments.check or arguments.output or arguments.tokenizer)
@@ -295,23 +296,20 @@ def run_data(arguments) -> int:
             "1 以上の数を指定してください。"
         )
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    problems = []
-    try:
-        if arguments.check:
-            columns = {ours: own for own, _, ours in (pair.partition("=") for pair in arguments.column)}
-            rows = load_preferences(
-                arguments.check, columns, "drop", arguments.dropped_file, tokenizer, arguments.max_length
-            )
-            problems, measured = rows.problems, rows.measured
-            if problems:
-                print(f"⚠️ {describe_problems(rows, arguments.check)}", file=sys.stderr)
-        else:
-            rows = generate_preferences(arguments.count, arguments.seed)
-            measured = measure_rows(rows, tokenizer, arguments.max_length) if tokenizer else []
-        failed = bool(problems) and arguments.on_error == "raise"
-    except RowErrors as error:  # no row is left, whatever on_error says
-        print(f"⚠️ {error}", file=sys.stderr)
-        rows, problems, measured, failed = [], error.problems, [], True
+    if arguments.check:
+        columns = parse_columns(arguments.column)
+        checked = check_rows(arguments.check, columns, tokenizer, arguments.max_length)
+        print("\n".join(checked.notes), file=sys.stderr)
+        if checked.problems:
+            print(f"⚠️ {describe_problems(checked, arguments.check)}", file=sys.stderr)
+        if arguments.dropped_file and arguments.on_error == "drop":
+            _write_lines(arguments.dropped_file, _list_problems(checked))
+    else:
+        rows = generate_preferences(arguments.count, arguments.seed)
+        measured = measure_rows(rows, tokenizer, arguments.max_length) if tokenizer else []
+        checked = CheckedRows(rows, [], [], "行目", measured)
+    rows, problems, measured = checked.rows, checked.problems, checked.measured
+    failed = bool(problems) and (arguments.on_error == "raise" or not rows)
     report = build_token_report(measured, arguments.max_length) if measured else None
     if arguments.output and not failed:
         _write_lines(arguments.output, rows)
@@ -326,5 +324,5 @@ def run_data(arguments) -> int:
     else:
         print(f"使える行：{len(rows):,}、誤りのある行：{len(problems):,}")
         for line in describe_token_report(report) if report else []:
-            print(f"{line['項目']}：{line['値']}（{line['見方']}）")
+            print(f"{line['項目']}：{line['値']}（{line['読み方']}）")
     return int(failed)

@@ -3,10 +3,12 @@ from; it trains nothing.
 """
 
 import math
+import re
+from datetime import date
 from importlib.metadata import version
 from typing import NamedTuple
 
-from dpo_helpers.data.generate import SIDES, make_prompt, strip_question
+from dpo_helpers.data.prompt import SIDES, make_prompt, strip_question
 from dpo_helpers.errors import UserError
 
 
@@ -34,7 +36,7 @@ def format_row(row: dict, has_chat_template: bool) -> dict:
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Return the token ids of questions, in the tokenizer's chat template, or in the project's if it has none.
+    """Return the token ids of questions, in the tokenizer's chat template or in the project's.
 
     A question with 質問: in front gives the same ids as without.
     """
@@ -61,6 +63,57 @@ def encode_answers(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[i
         starts = tokenizer(prompts)["input_ids"]
         whole = tokenizer([prompt + answer.removesuffix(end) + end for prompt, answer in pairs])["input_ids"]
     return list(zip(starts, whole, strict=True))
+
+
+PROBE = [{"role": "user", "content": "問"}, {"role": "assistant", "content": "答え"}]
+WRITES_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def find_end_of_turn(tokenizer) -> int | None:
+    """Return the token that the chat template sets behind an answer, where that is a special one, else None.
+
+    It need not be EOS: a model that learns to end its turn with it must be stopped there.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    text = tokenizer.apply_chat_template(PROBE, tokenize=False)
+    end = text[text.rindex(PROBE[1]["content"]) + len(PROBE[1]["content"]) :].strip()
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    return (
+        ids[0] if ids and ids[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder) else None
+    )
+
+
+def find_opening(tokenizer) -> str:
+    """Return what the template's generation prompt opens that no trained answer has, e.g. <think>."""
+    if not tokenizer.chat_template:
+        return ""
+    start = tokenizer.apply_chat_template(PROBE[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(PROBE, tokenize=False)
+    return start[_common_length(start, whole[: whole.rindex(PROBE[1]["content"])]) :]
+
+
+def settle_template(tokenizer) -> list[str]:
+    """Make the chat template write the same before an answer in training and in use, on every day.
+
+    Returns in Japanese what was changed. TRL lets an answer begin behind the generation prompt or, from 1.15
+    on, where the two diverge: with one text for both there is one beginning, in the saved tokenizer too.
+    """
+    notes = []
+    if formats := {found[1] for found in WRITES_DATE.findall(tokenizer.chat_template or "")}:
+        dates = {form: date(2025, 1, 1).strftime(form) for form in sorted(formats)}
+        macro = "{%- macro strftime_now(form) -%}{{ " + str(dates) + "[form] }}{%- endmacro -%}"
+        tokenizer.chat_template = macro + tokenizer.chat_template
+        notes.append("チャットテンプレートが今日の日付を書くので、いつも 2025 年 1 月 1 日にします。")
+    if opening := find_opening(tokenizer):
+        tokenizer.chat_template = (
+            "{%- set text -%}" + tokenizer.chat_template + "{%- endset -%}"
+            "{{- text[:-" + str(len(opening)) + "] if add_generation_prompt else text -}}"
+        )
+        notes.append(
+            f"チャットテンプレートが回答の前に開く {opening.strip()} は、学習する回答にないので除きます。"
+        )
+    return notes
 
 
 def measure_rows(rows, tokenizer, max_length: int) -> list[RowTokens]:
@@ -132,11 +185,11 @@ def describe_token_report(report: dict) -> list[dict]:
         "max_length_for_99_percent": ("99 % の行が入る max_length", f"今の上限は {report['max_length']}"),
         "rows_cut": ("途中で切られる行", "回答の終わりが失われる"),
         "rows_without_answer": ("質問だけで上限に達する行", f"この版の TRL は{fate}"),
-        "rows_equal_after_cut": ("切ると二つの回答が同じになる行", "学習しても何も覚えない"),
-        "rows_merged_at_boundary": ("質問と回答の境目がくっつく行", "0 が望ましい"),
-        "rows_usable": ("学習に使える行", "残りは drop_unusable が除く"),
+        "rows_equal_after_cut": ("切ると二つの回答が同じになる行", "二つの回答に差がなく学習に使えません"),
+        "rows_merged_at_boundary": ("質問と回答の境目をまたぐトークンがある行", "0 が望ましい"),
+        "rows_usable": ("学習に使える行", "残りは自動で除きます"),
     }
-    return [{"項目": name, "値": report[key], "見方": note} for key, (name, note) in lines.items()]
+    return [{"項目": name, "値": report[key], "読み方": note} for key, (name, note) in lines.items()]
 
 
 def plot_token_report(measured: list[RowTokens], max_length: int, path=None):

@@ -1,32 +1,52 @@
-"""Measures generated answers: repetition, variety, length, ends, script, likeness to the chosen ones; it
-judges nothing.
+"""Measures what a model writes: whether an answer says the right thing, in good manners; it judges nothing.
+
+An answer counts by the text that it is nearest to, by sentence chrF (Popović 2015, as sacrebleu computes it).
+What the question itself gives away is taken out first: a model that repeats the question has said nothing.
 """
 
-import math
 import re
+from functools import lru_cache
+from typing import NamedTuple
 
-from dpo_helpers.data.generate import strip_question
-from dpo_helpers.data.look import pick_rows
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.data.tokens import encode_answers
-from dpo_helpers.judge.scores import score_answers
-from dpo_helpers.model.answer import evaluating, use_role
+from dpo_helpers.model.answer import evaluating, generate_response, use_role
 
-ROLES = {"before": "base", "after": "policy"}  # the names in metrics.json, and those of inference.use_role
+BAD_MANNERS = ("vague", "evasive", "rude")  # the kinds of rejected answer that are a matter of manners
+SHORTEST_RUN = 3  # characters of the question that count as repeated
+SHORTLIST = 12  # texts whose chrF is worked out: those that share the most pairs of characters
 LOOP_LENGTH, LOOP_COUNT = 4, 3  # four characters that stand three times or more are a loop
 ENDINGS = ("。", "！", "？", "!", "?")  # 。 has no ASCII twin: a plain dot also stands in 3.14 and e.g.
 JAPANESE = re.compile(r"[぀-ヿ㐀-䶿一-鿿ｦ-ﾟ々]")  # kana, kanji, half-width kana
-Z_95 = 1.959964  # the 97.5 % point of the normal distribution
+MEASURES = ("right", "names", "ends", "loops", "japanese", "manners")
 
 
-def accuracy_interval(successes: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval (Wilson 1927) of a share; unlike p ± 2 s it has a width at 0 and 1,
-    and in few rows.
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def share_interval(successes: int, count: int) -> Interval:
+    """Return Wilson's 95 % interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, count).proportion_ci(method="wilson")
+    return Interval(float(found.low), float(found.high))
+
+
+def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, Interval]:
+    """Return (share after minus share before of the same questions, its 95 % interval).
+
+    The interval is that of Agresti and Min (2005): half a question is added to each cell of the 2 × 2 table,
+    so that it has a width where nothing changed.
     """
-    share, square = successes / count, Z_95**2
-    middle = share + square / (2 * count)
-    half = Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    low, high = ((middle + sign * half) / (1 + square / count) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)  # at 0 and 1 the formula is exact, the rounding is not
+    count = len(before)
+    won = sum(b < a for b, a in zip(before, after, strict=True))
+    lost = sum(b > a for b, a in zip(before, after, strict=True))
+    total, up, down = count + 2, won + 0.5, lost + 0.5
+    middle = (up - down) / total
+    half = 1.959964 * ((up + down) - (up - down) ** 2 / total) ** 0.5 / total
+    return (won - lost) / count, Interval(max(-1.0, middle - half), min(1.0, middle + half))
 
 
 def has_loop(answer: str) -> bool:
@@ -35,122 +55,141 @@ def has_loop(answer: str) -> bool:
     return any(grams.count(gram) >= LOOP_COUNT for gram in set(grams))
 
 
-def check_answer(answer: str, concept: str = "") -> dict[str, bool]:
-    """Say of one answer whether it ends with 。, names the concept undamaged and is clean: no loop, no
-    U+FFFD (half a character).
-    """
-    return {
-        "ends": answer.endswith("。"),
-        "names": concept in answer,
-        "clean": bool(answer) and "\ufffd" not in answer and not has_loop(answer),
-    }
-
-
-def measure_distinct(answers: list[str]) -> float:
-    """Return distinct-2 (Li et al. 2016) of characters: different bigrams over all bigrams of all answers; 0
-    for none.
-
-    It falls as there are more answers, so compare only the same number of them.
-    """
-    bigrams = [answer[i : i + 2] for answer in answers for i in range(len(answer) - 1)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
-
-
-def measure_japanese(answers: list[str]) -> float:
+def measure_japanese(text: str) -> float:
     """Return the share of kana and kanji among all letters (digits and punctuation are none); 0 for no
     letters.
     """
-    letters = [character for answer in answers for character in answer if character.isalpha()]
+    letters = [character for character in text if character.isalpha()]
     return sum(bool(JAPANESE.match(letter)) for letter in letters) / len(letters) if letters else 0.0
 
 
-def measure_answers(
-    answers: list[str], references: list[str], cut: list[bool] | None = None
-) -> dict[str, float]:
-    """Return what can be said of answers without reading them; `cut` marks those that the limit ended, not
-    the model.
+@lru_cache(maxsize=10_000)
+def _runs_of(text: str) -> frozenset[str]:
+    return frozenset(text[i : i + SHORTEST_RUN] for i in range(len(text) - SHORTEST_RUN + 1))
 
-    repetition: share of answers with a loop; distinct_2; mean_length in characters; ends: share whose last
-    character is 。！？ and that were not cut; japanese; chrf: 0 to 100, corpus level (Popović 2015: character
-    1- to 6-grams, beta 2).
+
+@lru_cache(maxsize=200_000)
+def take_out(text: str, question: str, concept: str) -> str:
+    """Return the text without the concept's name and without every run of 3 or more characters of the
+    question.
     """
-    from sacrebleu.metrics import CHRF  # here, because it costs a moment and few functions need it
+    if concept and concept in text:
+        text = text.replace(concept, "\0")
+    if _runs_of(text).isdisjoint(_runs_of(question)):  # most texts share nothing with most questions
+        return text.replace("\0", "")
+    kept, start = [], 0
+    while start < len(text):
+        end = start
+        while end < len(text) and text[start : end + 1] in question:
+            end += 1
+        if end - start < SHORTEST_RUN:
+            kept.append(text[start])
+            end = start + 1
+        start = end
+    return "".join(kept).replace("\0", "")
 
-    count = len(answers)
-    whole = [not each for each in cut] if cut else [True] * count
-    return {
-        "answers": count,
-        "repetition": sum(map(has_loop, answers)) / count,
-        "distinct_2": measure_distinct(answers),
-        "mean_length": sum(map(len, answers)) / count,
-        "ends": sum(
-            is_whole and answer.endswith(ENDINGS) for answer, is_whole in zip(answers, whole, strict=True)
-        )
-        / count,
-        "japanese": measure_japanese(answers),
-        "chrf": CHRF().corpus_score(answers, [references]).score,
+
+@lru_cache(maxsize=200_000)
+def _pair_bits(text: str) -> int:
+    """Return the text's pairs of characters as a set of 4,096 bits: quick to intersect."""
+    bits = 0
+    for i in range(len(text) - 1):
+        bits |= 1 << ((ord(text[i]) * 31 + ord(text[i + 1])) % 4096)
+    return bits
+
+
+def find_nearest(text: str, candidates: list[str]) -> str | None:
+    """Return the candidate with the highest sentence chrF; None for an empty text and for a tie of
+    different ones.
+    """
+    if not text.strip():
+        return None
+    bits, different = _pair_bits(text), set(candidates)
+    shared = {
+        each: (bits & (own := _pair_bits(each))).bit_count() / (own.bit_count() + 8) for each in different
     }
+    scores = {each: _chrf(text, each) for each in sorted(different, key=shared.get, reverse=True)[:SHORTLIST]}
+    best = max(scores.values())
+    first, *others = [each for each, score in scores.items() if score == best]
+    return None if others or best == 0 else first
 
 
-def compare_generation(
-    model, tokenizer, rows: list[dict], config, count: int = 40
-) -> tuple[dict[str, dict], list[dict]]:
-    """Let the base and the policy answer the same held-out questions greedily; return (measures, answers).
+@lru_cache(maxsize=200_000)
+def _chrf(text: str, reference: str) -> float:
+    return _metric().sentence_score(text, [reference]).score
 
-    The measures are {"before": ..., "after": ..., "chosen": ...} as `measure_answers` gives them; the last
-    one is of the chosen answers themselves, because nobody's answers need to end or be Japanese more often
-    than those do. The answers are a table of prompt, before, after and chosen, a line for each of
-    `pick_rows(rows, count, config.seed)`.
+
+@lru_cache(maxsize=1)
+def _metric():
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+def write_answers(model, tokenizer, rows: list[dict], config, roles) -> dict[str, dict[str, list[str]]]:
+    """Let each role answer the rows' questions; return {role: {"greedy": texts, "sampled": texts}}.
+
+    Sampled is what a chat shows: temperature 1, seeded by the run's seed.
     """
-    from dpo_helpers.model.answer import generate_response
-
-    asked = pick_rows(rows, count, config.seed)
-    references = [row["chosen"] for row in asked]
-    limit = _limit_answers(tokenizer, asked, config.max_length)
-    measures, texts = {}, {}
-    for name, role in ROLES.items():
-        with use_role(model, role):
-            texts[name] = generate_response(
-                model, tokenizer, [strip_question(row["prompt"]) for row in asked], max_new_tokens=limit
-            )
-        # an answer that ended by itself spent one of its tokens on EOS
-        cut = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= limit for text in texts[name]]
-        measures[name] = measure_answers(texts[name], references, cut)
-    measures["chosen"] = measure_answers(references, references)
-    columns = {"prompt": [row["prompt"] for row in asked], **texts, "chosen": references}
-    return measures, [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    questions = [strip_question(row["prompt"]) for row in rows]
+    limit, written = _limit_answers(tokenizer, rows, config.max_length), {}
+    for role in roles:
+        with evaluating(model), use_role(model, role):
+            written[role] = {
+                "greedy": generate_response(model, tokenizer, questions, limit),
+                "sampled": generate_response(model, tokenizer, questions, limit, sample_seed=config.seed),
+            }
+    return written
 
 
 def _limit_answers(tokenizer, rows: list[dict], max_length: int) -> int:
     """Return how many tokens an answer may have: a little more than the longest chosen one, within the
     trained length.
     """
-    pairs = [(row["prompt"], row["chosen"]) for row in rows]
-    encoded = [(ids[:max_length], len(start)) for start, ids in encode_answers(tokenizer, pairs)]
-    longest_prompt = max(prompt_length for _, prompt_length in encoded)
-    longest_answer = max(len(ids) - prompt_length for ids, prompt_length in encoded)
+    encoded = encode_answers(tokenizer, [(row["prompt"], row["chosen"]) for row in rows])
+    longest_prompt = max(len(start) for start, _ in encoded)
+    longest_answer = max(len(ids) - len(start) for start, ids in encoded)
     return max(16, min(longest_answer + 16, max_length - longest_prompt))
 
 
-def measure_reference_distance(model, tokenizer, pairs: list[tuple[str, str]], max_length: int) -> float:
-    """Estimate how far the policy is from its reference: mean of log p_policy - log p_reference per token, in
-    nats.
+def check_answers(answers: list[str], asked: list[dict], all_rows: list[dict]) -> list[dict]:
+    """Say of each answer to the rows `asked` whether it is right, names, ends, loops, and has bad manners.
 
-    `pairs` are prompts and the policy's own answers. For sampled answers the mean over answers would be a
-    Monte Carlo estimate of the KL divergence; greedy answers are the policy's likeliest ones, so it is a
-    proxy that can only be compared with itself. EOS counts as a token of every answer, also of a cut one.
+    right: nearest to the row's own chosen answer among those of all rows. names: holds the concept's name
+    (True where rows have none). japanese: the share of Japanese letters. manners: nearest to a rejected
+    answer of the kinds of BAD_MANNERS; for rows without kinds, nearer to the row's own rejected answer than
+    to its chosen one.
     """
-    scores = {}
-    for role in ("policy", "reference"):
-        with evaluating(model), use_role(model, role):
-            scores[role] = score_answers(model, tokenizer, pairs, max_length)
-    tokens = []
-    for start, ids in encode_answers(tokenizer, pairs):
-        ids, prompt_length = ids[:max_length], len(start)
-        tokens.append(
-            max(1, len(ids) - prompt_length)
-        )  # a prompt that fills max_length leaves none, and a difference of 0
-    differences = zip(scores["policy"], scores["reference"], tokens, strict=True)
-    return sum((policy - reference) / count for policy, reference, count in differences) / len(pairs)
+    chosen = list(dict.fromkeys(row["chosen"] for row in all_rows))
+    bad = list(dict.fromkeys(row["rejected"] for row in all_rows if row.get("rejection_kind") in BAD_MANNERS))
+    checks = []
+    for answer, row in zip(answers, asked, strict=True):
+        question, concept = strip_question(row["prompt"]), row.get("concept", "")
+        said = take_out(answer, question, concept)
+        right, wrong = ([take_out(text, question, concept) for text in texts] for texts in (chosen, bad))
+        own = take_out(row["chosen"], question, concept)
+        if "rejection_kind" not in row:
+            wrong, nearby = [take_out(row["rejected"], question, concept)], [own]
+        else:
+            nearby = right
+        checks.append(
+            {
+                "right": find_nearest(said, right) == own,
+                "names": concept in answer,
+                "ends": answer.endswith(ENDINGS),
+                "loops": has_loop(answer),
+                "japanese": measure_japanese(answer),
+                "manners": find_nearest(said, [*nearby, *wrong]) in set(wrong) - {own},
+            }
+        )
+    return checks
+
+
+def summarize_checks(checks: list[dict]) -> dict:
+    """Return questions, the share of each measure, and Wilson's 95 % interval of `right` and `manners`."""
+    count = len(checks)
+    summary = {"questions": count} | {name: sum(check[name] for check in checks) / count for name in MEASURES}
+    intervals = {
+        name: share_interval(sum(check[name] for check in checks), count) for name in ("right", "manners")
+    }
+    return summary | {"interval": {name: list(interval) for name, interval in intervals.items()}}

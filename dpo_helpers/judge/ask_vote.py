@@ -6,7 +6,7 @@ import html
 import time
 import unicodedata
 
-from dpo_helpers.data.generate import make_prompt, strip_question
+from dpo_helpers.data.prompt import make_prompt, strip_question
 from dpo_helpers.data.row_checks import REASONS
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge.votes import describe_votes, order_roles, read_votes, record_vote

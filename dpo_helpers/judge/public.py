@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.prompt import SIDES
 from dpo_helpers.files import dump_json, read_bytes
-from dpo_helpers.judge.baselines import BASELINE_NAMES
+from dpo_helpers.judge.rules import RULE_NAMES
 from dpo_helpers.judge.verdict import LABEL_NAMES
 
 FIGURES = {
@@ -96,7 +96,7 @@ def make_public(folder: Path, name: str) -> bytes:
 def hide_values(metrics: dict) -> dict:
     """Return metrics without the values of the user's columns, also where the verdict names them."""
     apart = {key: lines for key, lines in metrics.items() if key.startswith("by_")}
-    values = {str(line[key.removeprefix("by_")]) for key, lines in apart.items() for line in lines}
+    values = {str(line.get(key.removeprefix("by_"))) for key, lines in apart.items() for line in lines}
     kept = {key: value for key, value in metrics.items() if key not in apart}
     if verdict := kept.get("verdict"):
         reasons = [text for text in verdict["reasons"] if not any(value in text for value in values)]
@@ -131,8 +131,8 @@ def make_card(config: RunConfig, metrics: dict, merged: bool) -> str:
     figures = [(label, f"{held_out[key]:.4f}") for key, label in FIGURES.items()]
     if interval := held_out.get("accuracy_interval"):
         figures.append(("正解率の 95 % 区間", f"{interval[0]:.1%}〜{interval[1]:.1%}"))
-    for rule, share in metrics.get("baselines", {}).items():
-        figures.append((f"何も学ばない見分け方「{BASELINE_NAMES.get(rule, rule)}」の正解率", f"{share:.4f}"))
+    for rule, share in metrics.get("rules", {}).items():
+        figures.append((f"何も学ばない見分け方「{RULE_NAMES.get(rule, rule)}」の正解率", f"{share:.4f}"))
     reasons = [f"- {text}\n" for text in verdict["reasons"]] if verdict else []
     heading = f"## 自動の判定：{LABEL_NAMES[verdict['label']]}\n\n" if verdict else ""
     return TEXT.format(

@@ -1,23 +1,25 @@
-"""Judges a run from its recorded numbers by one table of rules; it measures nothing and reads no file
-(judge.py does).
+"""Judges a run from its recorded figures by one table of rules; it measures nothing and reads no file.
+
+Two abilities make `learned`: 見分ける (prefers the better of two answers) and 書く (its own answers say the
+right thing, in good manners). The first rule that holds decides.
 """
 
 import math
 import operator
 from typing import NamedTuple
 
-from dpo_helpers.data.look import KIND_NAMES
-from dpo_helpers.judge.answers import accuracy_interval
-from dpo_helpers.judge.baselines import BASELINE_NAMES
-from dpo_helpers.judge.monitoring import collect_history, summarize_training
-from dpo_helpers.judge.scores import preference_loss
+from dpo_helpers.data.look import KIND_NAMES, UNSEEN_NAMES
+from dpo_helpers.judge.answers import share_interval
+from dpo_helpers.judge.history import collect_history, summarize_training
+from dpo_helpers.judge.rules import RULE_NAMES
 
-LN_2 = math.log(2)
 LABEL_NAMES = {
     "learned": "学習できました",
     "undertrained": "まだ学習不足です",
     "overfitted": "過学習です",
     "collapsed": "崩壊しています",
+    "harmed": "DPO で書く力が落ちました",
+    "discriminates_only": "見分けられますが、書けません",
     "undecided": "判断できません",
 }
 OPERATORS = {"<": operator.lt, ">=": operator.ge}
@@ -33,8 +35,7 @@ class Rule(NamedTuple):
 
     def holds(self, facts: dict) -> bool:
         return all(
-            name in facts and OPERATORS[sign](facts[name], threshold)
-            for name, sign, threshold in self.conditions
+            name in facts and OPERATORS[sign](facts[name], limit) for name, sign, limit in self.conditions
         )
 
 
@@ -42,265 +43,134 @@ class Rule(NamedTuple):
 EQUAL_TEXT = (
     0.01  # nats between the two sides' log-probs in any line of the log; different texts differ by several
 )
-MOST = 0.5  # of the answers became bad; measured: collapsed 0.93, memorised noise 0.33, healthy 0.08
-BEYOND_CHANCE = (
-    0.3  # between two shares of 30 to 40 answers; the 95 % half-width of their difference is at most 0.25
-)
-# distinct-2 over its value before; measured: healthy 0.97, memorised noise 0.35, collapsed 0.02 and 0.004
-SAME_ANSWERS = 0.2
-# nats a token from the reference; measured: healthy 0.17, 135M 0.09, memorised noise 0.77, collapsed 7.1 and
-# 7.2
-FAR_AWAY = 1.0
-UNLIKELY = 1.3  # times the chosen log-prob before; measured: healthy 1.03, 135M 1.11, collapsed 1.4 and 1.6
-DIVERGED = (
-    1.0  # training loss; ln 2 = 0.693 knows nothing; measured: shuffled labels 0.70, collapsed 3.4 and 3.6
-)
-NOT_MOVED = 0.68  # that is a margin of 0.026; measured: stuck 0.693, 135M with the usual LoRA scale 0.687
-# chosen is preferred with e^-0.6 = 55 %; rasbt's GPT-2 355M at 5e-6 ends at 0.61, ours at 0.16 to 0.38
-TOO_LITTLE = 0.6
-WORSE = LN_2 + 0.01  # held-out; measured: stuck 0.6931, shuffled labels 0.727
-WIDE = 0.3  # the accuracy's 95 % interval (Wilson 1927): 10 rows all right, 20 at 90 %, 40 at chance
-GAP = 0.3  # held-out minus training loss; measured: healthy 0.07, 135M 0.01 to 0.05, overfitted 0.64
-CHANCE = 0.5  # the accuracy of a coin
-# points of chrF; measured: the untouched and the stuck model 8.4 and 9.1, the healthy demo 8.6, 135M 8.1
-# before and 24.5 after
-NEARER = 3.0
-FALL = 0.01  # nats an answer (in the log alone: times beta); measured: stuck 0.00002, healthy 3.5
-# a first loss above that is none of sigmoid's kind (ln 2): hinge 1, ipo 1 / (4 beta²), nca_pair 3 ln 2
-OTHER_LOSS = 0.8
+FEWEST = 40  # unseen questions: the 95 % interval of a share is then at most ± 0.15
+DAMAGE = 0.3  # of the answers became loops, lost their ends or their script
+DIVERGED = 1.0  # training loss; ln 2 = 0.693 knows nothing
+NOT_MOVED = 0.68  # that is a margin of 0.026
+WORSE = math.log(2) + 0.01
+TOO_LITTLE = 0.6  # chosen is preferred with e^-0.6 = 55 %; rasbt's GPT-2 355M at 5e-6 ends at 0.61
+GAP = 0.3  # held-out minus training loss
+CHANCE = 0.5
+USABLE = 0.5  # of the greedy answers to one kind of unseen question say the right thing
+GOOD_MANNERS = 0.3  # at most so many of the answers to a user's own questions are nearer to the rejected one
+HARM = -0.1  # the lower end of the paired interval of right, or of good manners, against the model before DPO
+OTHER_LOSS = 0.8  # a first loss above that is none of sigmoid's kind (ln 2): hinge 1, ipo 1 / (4 beta²)
 
 LOWER_RATE = "LEARNING_RATE を 10 分の 1 に下げて、学習し直してください。"
 RAISE_RATE = "LEARNING_RATE を {times} 倍に上げて、学習し直してください。"
 FEWER_EPOCHS = "NUM_TRAIN_EPOCHS を半分以下に減らして、学習し直してください。"
-MORE_ROWS = "NUM_SAMPLES を増やし（自分のデータなら行を足し）、評価用の行を {rows} 行以上にしてください。"
-MORE_SFT = "SFT_EPOCHS を増やして、DPO の前に文章の書き方を教えてください。"
+MORE_SFT = "SFT_EPOCHS を 2 倍に増やして、DPO の前に回答の内容を教えてください。"
+GENTLER = "LEARNING_RATE を 3 分の 1 に下げて、書く力を残しながら学習し直してください。"
 
-# The first rule that holds decides; every rule takes for granted that those above it do not hold.
+# fmt: off
 RULES = (
-    Rule(
-        "collapsed",
-        (("broken_numbers", ">=", 1),),
-        "損失か勾配が、NaN（数として扱えない値）か無限大になりました。",
-        LOWER_RATE,
-    ),
-    Rule(
-        "undecided",
-        (("side_difference", "<", EQUAL_TEXT),),
-        "良い回答と悪い回答の対数確率が、記録のどこでも同じです。"
-        "chosen と rejected が同じ文章なので、比べるものがありません。",
-        "DATA_FILE の chosen と rejected が違う文章になるように、データを直してください。",
-    ),
-    Rule(
-        "collapsed", (("damage", ">=", MOST),), "学習前には書けていた文章が、書けなくなりました。", LOWER_RATE
-    ),
-    Rule(
-        "collapsed",
-        (("variety", "<", SAME_ANSWERS),),
-        "どの質問にも似た回答を返します。回答に出てくる二文字の並びの種類が、"
-        "学習前の {variety:.0%} に減りました。",
-        LOWER_RATE,
-    ),
-    Rule(
-        "collapsed",
-        (("train_loss", ">=", DIVERGED),),
-        "学習用の損失が {train_loss:.2f} で、学習前の 0.693 より大きくなりました。学習が発散しています。",
-        LOWER_RATE,
-    ),
-    Rule(
-        "collapsed",
-        (("chosen_growth", ">=", UNLIKELY),),
-        "良い回答の対数確率（負の値）の大きさが学習前の {chosen_growth:.1f} 倍になり、"
-        "良い回答まで出にくくなりました。",
-        LOWER_RATE,
-    ),
-    Rule(
-        "undertrained",
-        (("held_out_loss", ">=", NOT_MOVED), ("held_out_loss", "<", WORSE)),
-        "評価用の損失が、学習前（ln 2 = 0.693）からほとんど動いていません。",
-        RAISE_RATE.format(times=10),
-    ),
-    Rule(
-        "undecided",
-        (("interval_width", ">=", WIDE),),
-        "評価用の行が {rows} 行しかなく、正解率の 95 % 区間が "
-        "{accuracy_low:.0%}〜{accuracy_high:.0%} と広すぎます。",
-        MORE_ROWS.format(rows=40),
-    ),
-    Rule(
-        "overfitted",
-        (("gap", ">=", GAP),),
-        "学習用の損失は {train_loss:.3f} なのに、評価用の損失は {held_out_loss:.3f} "
-        "です。学習した行だけを覚えています。",
-        FEWER_EPOCHS,
-    ),
-    Rule(
-        "overfitted",
-        (("curve_gap", ">=", GAP),),
-        "学習用の損失は {train_loss:.3f} なのに、途中で測った評価用の損失は "
-        "{curve_loss:.3f} です。学習した行だけを覚えています。",
-        FEWER_EPOCHS,
-    ),
-    Rule(
-        "collapsed",
-        (("damage", ">=", BEYOND_CHANCE),),
-        "学習前には書けていた文章が、崩れはじめています。",
-        LOWER_RATE,
-    ),
-    Rule(
-        "collapsed",
-        (("faults", ">=", BEYOND_CHANCE), ("reference_distance", ">=", FAR_AWAY)),
-        "自分で書いた回答が崩れ、参照モデルから大きく離れました（1 トークンあたり "
-        "{reference_distance:.1f} nat）。",
-        LOWER_RATE,
-    ),
-    Rule(
-        "undecided",
-        (("held_out_loss", ">=", WORSE), ("accuracy_low", "<", CHANCE)),
-        "モデルは動きましたが、評価用の損失は {held_out_loss:.3f} で、学習前の 0.693 より悪くなりました。"
-        "chosen と rejected の付け方に決まりがないと、こうなります。",
-        "DATA_FILE の chosen と rejected が入れ替わっている行を直し、誤りを減らしてください。",
-    ),
-    Rule(
-        "undertrained",
-        (("margin_loss", ">=", NOT_MOVED), ("train_loss", ">=", NOT_MOVED), ("train_loss", "<", WORSE)),
-        "学習用の損失が、学習前（ln 2 = 0.693）からほとんど動いていません。",
-        RAISE_RATE.format(times=10),
-    ),
-    Rule(
-        "undertrained",
-        (("held_out_loss", ">=", TOO_LITTLE),),
-        "評価用の損失は {held_out_loss:.3f} で、学習前の 0.693 から少ししか下がっていません。",
-        RAISE_RATE.format(times=3),
-    ),
-    Rule(
-        "undecided",
-        (("accuracy_low", "<", CHANCE),),
-        "正解率の 95 % 区間が 50 % を含むので、当てずっぽうと区別できません。",
-        MORE_ROWS.format(rows=200),
-    ),
-    Rule(
-        "undecided",
-        (("baseline_excess", ">=", 0.0),),
-        "「{best_baseline_name}」という見分け方だけで {best_baseline:.1%} 当たるので、"
-        "学習の効果とは言えません。",
-        "DATA_FILE に、その見分け方では当たらない行（長さのそろった難しい組など）を増やしてください。",
-    ),
-    Rule(
-        "undertrained",
-        (("faults", ">=", BEYOND_CHANCE),),
-        "二つの回答の区別はできますが、自分ではまだ読める文章を書けません。",
-        MORE_SFT,
-    ),
-    Rule(
-        "learned",
-        (("held_out_loss", "<", TOO_LITTLE), ("accuracy_low", ">=", CHANCE), ("answers", ">=", 1)),
-        "学習に使っていない質問でも、良い回答を選べるようになりました。",
-        "さらに良くするには、NUM_SAMPLES を増やして（自分のデータなら行を足して）ください。",
-    ),
-    Rule(
-        "undecided",
-        (("held_out_loss", "<", TOO_LITTLE),),
-        "二つの回答の区別はできますが、自分で書いた回答を測っていないので、"
-        "読める文章を書けるのかが分かりません。",
-        "学習した重みのあるフォルダーで python -m dpo_helpers judge を実行して、回答を測ってください。",
-    ),
-    Rule(
-        "undertrained",
-        (("margin_loss", ">=", TOO_LITTLE),),
-        "学習用のマージンが {train_margin:.2f} しかなく、二つの回答をまだ区別できていません。",
-        RAISE_RATE.format(times=3),
-    ),
-    Rule(
-        "undecided",
-        (("interrupted", ">=", 1),),
-        "学習が途中で止まっています。",
-        "RESUME を「自動」のままにして、続きを最後まで実行してください。",
-    ),
-    Rule(
-        "undecided",
-        (("dpo_lines", "<", 1),),
-        "DPO の学習の記録がありません。",
-        "NUM_TRAIN_EPOCHS を 1 以上にして、DPO を実行してください。",
-    ),
-    Rule(
-        "undecided",
-        (),
-        "学習に使わない行での評価がないので、覚えただけなのか、学習できたのかを区別できません。",
-        "HELD_OUT_FRACTION を 0.2 以上にして、評価用の行を取り分けてください。",
-    ),
+    Rule("collapsed", (("broken_numbers", ">=", 1),),
+         "損失か勾配が、NaN（数として扱えない値）か無限大になりました。", LOWER_RATE),
+    Rule("undecided", (("side_difference", "<", EQUAL_TEXT),),
+         "良い回答と悪い回答の対数確率が、記録のどこでも同じです。"
+         "chosen と rejected が同じ文章なので、比べるものがありません。",
+         "DATA_FILE の chosen と rejected が違う文章になるように、データを直してください。"),
+    Rule("undecided", (("interrupted", ">=", 1),),
+         "学習が途中で止まっています。", "RESUME を「自動」のままにして、続きを最後まで実行してください。"),
+    Rule("undecided", (("dpo_lines", "<", 1),),
+         "DPO の学習の記録がありません。", "NUM_TRAIN_EPOCHS を 1 以上にして、DPO を実行してください。"),
+    Rule("collapsed", (("damage", ">=", DAMAGE),),
+         "ベースモデルには書けていた文章が、書けなくなりました。", LOWER_RATE),
+    Rule("collapsed", (("train_loss", ">=", DIVERGED),),
+         "学習用の損失が {train_loss:.2f} で、学習前の 0.693 より大きくなりました。"
+         "学習が発散しています。", LOWER_RATE),
+    Rule("undecided", (("questions", "<", FEWEST),),
+         "評価用の質問が {questions:.0f} 問しかなく、偶然の揺れと区別できません。",
+         "NUM_SAMPLES を増やし（自分のデータなら行を足し）、評価用の質問を 40 問以上にしてください。"),
+    Rule("undertrained", (("held_out_loss", ">=", NOT_MOVED), ("held_out_loss", "<", WORSE)),
+         "評価用の損失が、学習前（ln 2 = 0.693）からほとんど動いていません。", RAISE_RATE.format(times=10)),
+    Rule("overfitted", (("gap", ">=", GAP),),
+         "学習用の損失は {train_loss:.3f} なのに、評価用の損失は {held_out_loss:.3f} です。"
+         "学習した行だけを覚えています。", FEWER_EPOCHS),
+    Rule("undecided", (("held_out_loss", ">=", WORSE), ("accuracy_low", "<", CHANCE)),
+         "モデルは動きましたが、評価用の損失は {held_out_loss:.3f} で、学習前の 0.693 より悪くなりました。"
+         "chosen と rejected の付け方に決まりがないと、こうなります。",
+         "DATA_FILE の chosen と rejected が入れ替わっている行を直し、誤りを減らしてください。"),
+    Rule("undecided", (("accuracy_low", "<", CHANCE),),
+         "正解率の 95 % 区間が 50 % を含むので、当てずっぽうと区別できません。", RAISE_RATE.format(times=3)),
+    Rule("undecided", (("rule_excess", ">=", 0.0),),
+         "「{best_rule}」という単純な規則だけで {best_rule_accuracy:.1%} 当たるので、"
+         "見分けられるようになったとは言えません。",
+         "DATA_FILE に、その規則では当たらない行（長さや終わり方のそろった難しいペア）を増やしてください。"),
+    Rule("harmed", (("right_low", "<", HARM),),
+         "DPO の前より、正しい回答が減りました（差 {right_change:+.0%}、"
+         "95 % 区間 {right_low:+.0%}〜{right_high:+.0%}）。",
+         GENTLER),
+    Rule("harmed", (("manners_low", "<", HARM),),
+         "DPO の前より、あいまいな回答や失礼な回答が増えました"
+         "（良い書き方の差 {manners_change:+.0%}、"
+         "95 % 区間 {manners_low:+.0%}〜{manners_high:+.0%}）。", GENTLER),
+    Rule("undertrained", (("held_out_loss", ">=", TOO_LITTLE),),
+         "評価用の損失は {held_out_loss:.3f} で、学習前の 0.693 から少ししか下が"
+         "っていません。", RAISE_RATE.format(times=3)),
+    Rule("discriminates_only", (("usable", "<", 1),),
+         "二つの回答を見分けられますが、自分で書くと正しく答えられません。", MORE_SFT),
+    Rule("discriminates_only", (("better", "<", 1),),
+         "二つの回答を見分けられますが、書く回答は、ベースモデルより良くなったとは言えません。",
+         RAISE_RATE.format(times=3)),
+    Rule("learned", (("usable", ">=", 1),),
+         "学習に使っていない質問で、良い回答を見分け、自分でも書けるようになりました。",
+         "回答を読んで確かめ、足りない話題の行を DATA_FILE に加えてください。"),
+    Rule("undecided", (),
+         "学習に使わない行での評価がないので、覚えただけなのか、学習できたのかを区別できません。",
+         "HELD_OUT_FRACTION を 0.2 以上にして、評価用の行を取り分けてください。"),
 )
-
-# Said beside the deciding reason, wherever the facts are known.
-NOTES = (
-    Rule(
-        "",
-        (("rows", ">=", 1),),
-        "評価用 {rows} 行の正解率は {accuracy:.1%}（95 % 区間 "
-        "{accuracy_low:.1%}〜{accuracy_high:.1%}、当てずっぽうは 50 %）、"
-        "損失は {held_out_loss:.3f}（学習前は 0.693）です。",
-    ),
-    Rule(
-        "",
-        (("best_baseline", ">=", 0),),
-        "学習をしない見分け方で最も当たるのは「{best_baseline_name}」で、{best_baseline:.1%} です。",
-    ),
-    Rule(
-        "",
-        (("answers", ">=", 1),),
-        "{answers} 問への回答（学習前 → 学習後）：最後まで書けた {ends_before:.0%} → "
-        "{ends_after:.0%}、繰り返しがある "
-        "{repetition_before:.0%} → {repetition_after:.0%}、日本語の文字 "
-        "{japanese_before:.0%} → {japanese_after:.0%}、お手本との近さ（chrF、0〜100）"
-        "{chrf_before:.0f} → {chrf_after:.0f}。",
-    ),
-    Rule(
-        "",
-        (("chrf_gain", "<", NEARER), ("collapsed", "<", 1)),
-        "自分で書く回答の内容が、お手本に近づいたとは言えません。回答の表を読んで確かめてください。",
-    ),
-    Rule(
-        "",
-        (("chosen_change", "<", -FALL), ("rejected_change", "<", -FALL), ("collapsed", "<", 1)),
-        "良い回答と悪い回答の対数確率が、どちらも学習前より下がっています。"
-        "DPO が広げるのは二つの差なので、悪い回答のほうが大きく下がっていれば異常ではありません。",
-    ),
-)
+# fmt: on
 
 
 def judge(metrics: dict, log_history: list[dict]) -> dict:
-    """Return {label, reasons, next_step} of what metrics.json and the trainer's log say; either may be empty.
+    """Return {label, headline, discrimination, writing, reasons, next_step} of metrics.json and the trainer's
+    log.
 
-    The deciding reason comes first. `next_step` names one knob and its direction.
+    Either may be empty. The deciding reason comes first. `next_step` names one knob and its direction.
     """
     facts = collect_facts(metrics, log_history)
     rule = next(rule for rule in RULES if rule.holds(facts))
-    facts["collapsed"] = int(rule.label == "collapsed")
-    reasons = [each.reason.format(**facts) for each in (rule, *NOTES) if each.holds(facts)]
-    return {"label": rule.label, "reasons": reasons + _name_weak_kinds(metrics), "next_step": rule.next_step}
+    headline = LABEL_NAMES[rule.label]
+    added = _describe_addition(facts)
+    if rule.label == "learned" and facts.get("added", 1) < 1:
+        headline += "（教師あり学習の成果です。DPO は書き方を変えていません）"
+    reasons = [rule.reason.format(**facts), *added, *_name_weak_kinds(metrics), *_explain_fall(metrics)]
+    return {
+        "label": rule.label,
+        "headline": headline,
+        "discrimination": _describe_discrimination(facts),
+        "writing": _describe_writing(metrics),
+        "reasons": reasons,
+        "next_step": rule.next_step,
+    }
 
 
 def describe_verdict(verdict: dict) -> str:
     """Return the verdict as Japanese text of several lines."""
-    reasons = "\n".join(f"・{reason}" for reason in verdict["reasons"])
-    return f"判定：{LABEL_NAMES[verdict['label']]}\n{reasons}\n次の一手：{verdict['next_step']}"
+    lines = [f"判定：{verdict['headline']}"]
+    lines += [
+        f"{name}：{verdict[key]}"
+        for name, key in (("見分ける", "discrimination"), ("書く", "writing"))
+        if verdict[key]
+    ]
+    return "\n".join(
+        [*lines, *(f"・{reason}" for reason in verdict["reasons"]), f"次の一手：{verdict['next_step']}"]
+    )
 
 
 def collect_facts(metrics: dict, log_history: list[dict]) -> dict:
     """Return the numbers that the rules read, by name; what is not known is not in it."""
-    facts = _read_log(metrics, log_history) | _read_held_out(metrics) | _read_answers(metrics)
-    measured = (
-        "held_out_loss" if "held_out_loss" in facts else "curve_loss"
-    )  # all rows tell more than the sample of the curve
-    if measured in facts and "train_loss" in facts:
-        facts["gap" if measured == "held_out_loss" else "curve_gap"] = facts[measured] - facts["train_loss"]
+    facts = _read_log(metrics, log_history) | _read_held_out(metrics) | _read_writing(metrics)
+    if "held_out_loss" in facts and "train_loss" in facts:
+        facts["gap"] = facts["held_out_loss"] - facts["train_loss"]
     return facts
 
 
 def _read_log(metrics: dict, log_history: list[dict]) -> dict:
-    training, curve = (collect_history(log_history)[name] for name in ("training", "held_out"))
-    losses = summarize_training(log_history) | {
-        key: metrics[key] for key in ("first_loss", "final_train_loss") if key in metrics
-    }
+    training = collect_history(log_history)["training"]
+    kept = {key: metrics[key] for key in ("first_loss", "final_train_loss") if key in metrics}
+    losses = summarize_training(log_history) | kept
     facts = {
         "broken_numbers": int(_has_broken_numbers(metrics, log_history)),
         "interrupted": int(metrics.get("stopped", {}).get("reason") == "interrupted"),
@@ -309,24 +179,8 @@ def _read_log(metrics: dict, log_history: list[dict]) -> dict:
     if losses and losses["first_loss"] < OTHER_LOSS:
         facts["train_loss"] = losses["final_train_loss"]
     if training["step"]:
-        facts["side_difference"] = max(
-            abs(c - r) for c, r in zip(training["chosen"], training["rejected"], strict=True)
-        )
-        tail = [
-            margin
-            for step, margin in zip(training["step"], training["margin"], strict=True)
-            if step > 0.9 * training["step"][-1]
-        ]
-        facts["train_margin"] = sum(tail) / len(tail)
-        facts["margin_loss"] = preference_loss(
-            facts["train_margin"]
-        )  # no more than the mean loss (Jensen), whatever loss_type trained
-        last = [entry for entry in log_history if "rewards/chosen" in entry][-1]
-        facts |= {
-            f"{side}_change": last[f"rewards/{side}"] for side in ("chosen", "rejected")
-        }  # times beta: the sign is what counts
-    if len(curve["step"]) > 1:
-        facts |= {"chosen_growth": curve["chosen"][-1] / curve["chosen"][0], "curve_loss": curve["loss"][-1]}
+        differences = [abs(c - r) for c, r in zip(training["chosen"], training["rejected"], strict=True)]
+        facts["side_difference"] = max(differences)
     return facts
 
 
@@ -344,69 +198,116 @@ def _has_broken_numbers(metrics: dict, log_history: list[dict]) -> bool:
     losses += [(metrics.get("held_out") or {}).get("loss", 0.0)]
     gradients = [entry["grad_norm"] for entry in log_history if "grad_norm" in entry][-3:]
     stopped = metrics.get("stopped", {}).get("reason") == "nan"
-    return (
-        stopped
-        or not all(map(math.isfinite, losses))
-        or (bool(gradients) and not any(map(math.isfinite, gradients)))
-    )
+    dead = bool(gradients) and not any(map(math.isfinite, gradients))
+    return stopped or dead or not all(map(math.isfinite, losses))
 
 
 def _read_held_out(metrics: dict) -> dict:
-    held_out = metrics.get("held_out")
-    if not held_out:
+    if not (held_out := metrics.get("held_out")):
         return {}
-    rows, accuracy = held_out["rows"], held_out["accuracy"]
-    low, high = held_out.get("accuracy_interval") or accuracy_interval(round(accuracy * rows), rows)
-    facts = {
-        "rows": rows,
-        "accuracy": accuracy,
+    low, high = held_out["accuracy_interval"]
+    found = metrics["discrimination"]
+    return {
+        "rows": held_out["rows"],
+        "held_out_loss": held_out["loss"],
+        "accuracy": held_out["accuracy"],
         "accuracy_low": low,
         "accuracy_high": high,
-        "interval_width": high - low,
+        "best_rule": RULE_NAMES[found["best_rule"]],
+        "best_rule_accuracy": found["best_rule_accuracy"],
+        "rule_excess": found["best_rule_accuracy"] - low,
     }
-    facts |= {"held_out_loss": held_out["loss"]} | {
-        name: held_out[name] for name in held_out if name.endswith("_change")
+
+
+def _read_writing(metrics: dict) -> dict:
+    """Return what the writing says: is it usable, better than the base's, worse than before DPO, damaged."""
+    if not (writing := metrics.get("writing")):
+        return {}
+    change = metrics["writing_change"]
+    before = change.get("warm_up") or change["base"]
+    right, manners = before["greedy"]["right"], before["greedy"]["manners"]
+    own_rows = "held_out" in writing
+    usable = [
+        roles["policy"]["greedy"]["manners"] <= GOOD_MANNERS
+        if own_rows
+        else roles["policy"]["greedy"]["right"] >= USABLE
+        for roles in writing.values()
+    ]
+    facts = {
+        "questions": sum(roles["policy"]["greedy"]["questions"] for roles in writing.values()),
+        "usable": int(any(usable)),
+        "better": int(_is_better(change["base"])),
+        "right_change": right[0],
+        "right_low": right[1],
+        "right_high": right[2],
+        "manners_change": -manners[0],
+        "manners_low": -manners[2],
+        "manners_high": -manners[1],
+        "damage": max(_measure_damage(roles) for roles in writing.values()),
     }
-    facts = {name.replace("_log_prob", ""): value for name, value in facts.items()}
-    if baselines := {
-        name: value for name, value in (metrics.get("baselines") or {}).items() if name != "shuffled_labels"
-    }:
-        best = max(baselines, key=baselines.get)
-        facts |= {
-            "best_baseline": baselines[best],
-            "best_baseline_name": BASELINE_NAMES[best],
-            "baseline_excess": baselines[best] - low,
-        }
+    if "warm_up" in change:
+        facts["added"] = int(_is_better(change["warm_up"]))
+        facts["sampled"] = before["sampled"]
     return facts
 
 
-def _read_answers(metrics: dict) -> dict:
-    """Return the measures of the answers, by how much they are worse than before (damage) and than the
-    chosen answers (faults).
+def _is_better(change: dict) -> bool:
+    """Say whether greedy right, sampled right or manners (either way) got better, by the whole 95 %
+    interval.
     """
-    parts = metrics.get("generation") or {}
-    if not {"before", "after"} <= set(parts):
-        return {}
-    before, after = parts["before"], parts["after"]
-    chosen = parts.get("chosen", {"repetition": 0.0, "ends": 1.0, "japanese": 1.0, "distinct_2": 1.0})
-    loops = after["repetition"]
-    facts = {
-        "answers": after["answers"],
-        # the worst of three: loops, missing ends, another script
-        "damage": max(
-            loops - max(before["repetition"], chosen["repetition"]),
-            *(min(before[name], chosen[name]) - after[name] for name in ("ends", "japanese")),
-        ),
-        "faults": max(
-            loops - chosen["repetition"], *(chosen[name] - after[name] for name in ("ends", "japanese"))
-        ),
-    }
-    facts["chrf_gain"] = after["chrf"] - before["chrf"]
-    if least := min(before["distinct_2"], chosen["distinct_2"]):
-        facts["variety"] = after["distinct_2"] / least
-    for when, part in (("before", before), ("after", after), ("chosen", chosen)):
-        facts |= {f"{name}_{when}": value for name, value in part.items()}
-    return facts | {name: metrics[name] for name in ("reference_distance",) if name in metrics}
+    gains = [change[way]["right"][1] > 0 for way in change] + [
+        change[way]["manners"][2] < 0 for way in change
+    ]
+    return any(gains)
+
+
+def _measure_damage(roles: dict) -> float:
+    """Return the share of greedy answers that became loops, lost their ends or their script: the worst of
+    three.
+    """
+    base, policy = roles["base"]["greedy"], roles["policy"]["greedy"]
+    return max(
+        policy["loops"] - base["loops"], base["ends"] - policy["ends"], base["japanese"] - policy["japanese"]
+    )
+
+
+def _describe_discrimination(facts: dict) -> str:
+    if "accuracy" not in facts:
+        return ""
+    return (
+        "評価用 {rows} 行の正解率は {accuracy:.1%}（95 % 区間 {accuracy_low:.1%}〜{accuracy_high:.1%}）。"
+        "単純な規則で最も当たるのは「{best_rule}」の {best_rule_accuracy:.1%}、損失は {held_out_loss:.3f}"
+        "（学習前は 0.693）です。"
+    ).format(**facts)
+
+
+def _describe_writing(metrics: dict) -> str:
+    """Say per kind of unseen question how many answers are right, and how many are ill-mannered, before
+    and after.
+    """
+    names = {"base": "ベース", "warm_up": "教師あり学習後", "policy": "DPO 後"}
+    lines = []
+    for kind, roles in metrics.get("writing", {}).items():
+        right = " → ".join(f"{names[role]} {ways['greedy']['right']:.0%}" for role, ways in roles.items())
+        manners = " → ".join(f"{ways['sampled']['manners']:.0%}" for ways in roles.values())
+        count = roles["policy"]["greedy"]["questions"]
+        lines.append(
+            f"{UNSEEN_NAMES[kind]} {count} 問で、正しい回答は {right}、"
+            f"あいまい・失礼などの回答（くじ引き）は {manners}。"
+        )
+    return "".join(lines)
+
+
+def _describe_addition(facts: dict) -> list[str]:
+    """Say what DPO added to the warm-up, with its interval; [] where there was none."""
+    if "added" not in facts:
+        return []
+    text = (
+        "教師あり学習のあとに DPO が加えた差：正しい回答 {right_change:+.0%}（95 % 区間 "
+        "{right_low:+.0%}〜{right_high:+.0%}）、"
+        "良い書き方 {manners_change:+.0%}（{manners_low:+.0%}〜{manners_high:+.0%}）。"
+    )
+    return [text.format(**facts)]
 
 
 def _name_weak_kinds(metrics: dict) -> list[str]:
@@ -417,12 +318,22 @@ def _name_weak_kinds(metrics: dict) -> list[str]:
     weak = [
         line
         for line in kinds
-        if accuracy_interval(round(line["accuracy"] * line["rows"]), line["rows"])[0] < CHANCE
+        if share_interval(round(line["accuracy"] * line["rows"]), line["rows"]).low < CHANCE
     ]
-    names = "、".join(
+    names = [
         f"{KIND_NAMES.get(line['rejection_kind'], line['rejection_kind'])}（{line['accuracy']:.0%}）"
         for line in weak
-    )
-    return (
-        [f"悪さの種類のうち、当てずっぽうと区別できないもの：{names}。"] if 0 < len(weak) < len(kinds) else []
-    )
+    ]
+    if not 0 < len(weak) < len(kinds):
+        return []
+    return [f"悪い回答の種類のうち、当てずっぽうと区別できないもの：{'、'.join(names)}。"]
+
+
+def _explain_fall(metrics: dict) -> list[str]:
+    held_out = metrics.get("held_out") or {}
+    if not all(held_out.get(f"{side}_log_prob_change", 0) < 0 for side in ("chosen", "rejected")):
+        return []
+    return [
+        "良い回答と悪い回答の対数確率が、どちらも DPO の前より下がっています。"
+        "DPO が広げるのは二つの差なので、悪い回答のほうが大きく下がっていれば異常ではありません。"
+    ]

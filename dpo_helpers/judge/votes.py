@@ -9,10 +9,10 @@ import random
 from datetime import datetime
 from pathlib import Path
 
-from dpo_helpers.data.generate import make_prompt
+from dpo_helpers.data.prompt import make_prompt
 from dpo_helpers.data.row_checks import BadRow, normalize_record
 from dpo_helpers.errors import UserError
-from dpo_helpers.judge.answers import accuracy_interval
+from dpo_helpers.judge.answers import share_interval
 
 
 def order_roles(question: str, roles: list[str], seed: int) -> list[str]:
@@ -110,7 +110,7 @@ def win_rate(wins: int, losses: int) -> tuple[float, float, float]:
     interval.
     """
     count = wins + losses
-    return (wins / count, *accuracy_interval(wins, count)) if count else (math.nan, 0.0, 1.0)
+    return (wins / count, *share_interval(wins, count)) if count else (math.nan, 0.0, 1.0)
 
 
 def describe_votes(votes: list[dict]) -> str:

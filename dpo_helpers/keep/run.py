@@ -299,7 +299,6 @@ def open_shared_run(
 
 def find_own_base(config: RunConfig) -> Path | None:
     """Return the folder of the embedded model where the run uses it: its checkpoints carry it along."""
-    from dpo_helpers.model.load import EMBEDDED, find_embedded_folder
+    from dpo_helpers.model.embedded import EMBEDDED, find_embedded_folder
 
-    name = config.model_name
-    return find_embedded_folder(config.seed, config.held_out_fraction, name) if name in EMBEDDED else None
+    return find_embedded_folder(config.model_name) if config.model_name in EMBEDDED else None

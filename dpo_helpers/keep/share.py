@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
-from dpo_helpers.data.generate import SIDES, make_prompt
+from dpo_helpers.data.prompt import SIDES, make_prompt
 from dpo_helpers.errors import UserError
 from dpo_helpers.files import (
     exists,

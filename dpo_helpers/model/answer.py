@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from dpo_helpers.data.generate import strip_question
+from dpo_helpers.data.prompt import strip_question
 from dpo_helpers.data.tokens import encode_prompts
 from dpo_helpers.machine import halve_on_out_of_memory
 
@@ -50,9 +50,9 @@ def generate_response(
 ):
     """Answer one question (str in, str out) or a list of them (list in, list out), without the prompt.
 
-    Greedy, or, with a `sample_seed`, drawn at temperature 1 from the whole distribution, reproducibly and without
-    touching the caller's random state. An answer ends at EOS or after `max_new_tokens`; half a character at that
-    limit is dropped.
+    Greedy, or, with a `sample_seed`, drawn at temperature 1 from the whole distribution, reproducibly and
+    without touching the caller's random state. An answer ends at EOS or after `max_new_tokens`; half a
+    character at that limit is dropped.
     """
     if isinstance(questions, str):
         return generate_response(model, tokenizer, [questions], max_new_tokens, sample_seed, batch_size)[0]
@@ -88,14 +88,18 @@ def generate_response(
 
 
 def find_stop_tokens(model, tokenizer) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's EOS, and the model's (a chat model may end otherwise)."""
+    """Return the ids that end an answer: the tokenizer's EOS, and the model's (a chat model may end
+    otherwise).
+    """
     own = model.generation_config.eos_token_id
     ids = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *(token for token in ids if token is not None)})
 
 
 def answer_roles(model, tokenizer, questions: list[str], roles=tuple(ANSWER_ROLES)) -> list[dict[str, str]]:
-    """Return {role: greedy answer} for each question; without a warm-up there is no `reference` of its own."""
+    """Return {role: greedy answer} for each question; without a warm-up there is no `reference` of its
+    own.
+    """
     columns = {}
     for role in roles:
         if role != "reference" or "ref" in model.peft_config:

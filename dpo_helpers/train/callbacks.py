@@ -29,7 +29,9 @@ class BrokenNumbers(Exception):
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Completes every checkpoint that the trainer wrote, and compares the adapters with the one that was loaded."""
+    """Completes every checkpoint that the trainer wrote, and compares the adapters with the one that was
+    loaded.
+    """
 
     def __init__(self, run: Run, config: RunConfig, stage: str, loaded: Path | None):
         self.run, self.config, self.stage, self.loaded = run, config, stage, loaded
@@ -37,7 +39,8 @@ class KeepCheckpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **_):
         if self.loaded is not None and (different := find_different_adapters(model, self.loaded)):
             raise UserError(
-                f"チェックポイント {self.loaded.name} を読み込みましたが、メモリの重み（{', '.join(different)}）が"
+                f"チェックポイント {self.loaded.name} を読み込みましたが、"
+                f"メモリの重み（{', '.join(different)}）が"
                 "ファイルと一致しません。続けると学習が壊れるので止めました。"
                 "ランタイムを再起動して、最初のセルから実行してください。"
             )
@@ -62,8 +65,8 @@ class KeepCheckpoints(TrainerCallback):
 class WatchNumbers(TrainerCallback):
     """Raises BrokenNumbers before an optimizer step would put NaN or infinity into the weights.
 
-    A loss that is NaN or infinite shows in the gradients. Under fp16 single overflows are normal, and the scaler
-    skips them.
+    A loss that is NaN or infinite shows in the gradients. Under fp16 single overflows are normal, and the
+    scaler skips them.
     """
 
     def __init__(self, precision: str):
@@ -79,7 +82,9 @@ class WatchNumbers(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Ends the training after the step in which the stop button was pressed, with a checkpoint of that step."""
+    """Ends the training after the step in which the stop button was pressed, with a checkpoint of that
+    step.
+    """
 
     def __init__(self, asked: threading.Event):
         self.asked = asked

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.activations import NewGELUActivation
 from trl import DPOTrainer
 
-from dpo_helpers.data.generate import SIDES
+from dpo_helpers.data.prompt import SIDES
 from dpo_helpers.judge.scores import score_encoded
 from dpo_helpers.machine import PACK_TOKENS
 from dpo_helpers.model.answer import use_role
@@ -107,8 +107,9 @@ def use_fused_gelu(model) -> None:
 
 
 class FastDPOTrainer(DPOTrainer):
-    """TRL's trainer for the loss `sigmoid` and a PeftModel; `is_exact` is False where the model needs the
-    stock computation.
+    """TRL's trainer for the losses `sigmoid` and `sigmoid+sft` and a PeftModel.
+
+    `is_exact` is False where the model needs the stock computation.
     """
 
     def __init__(self, *args, **kwargs):
@@ -117,17 +118,13 @@ class FastDPOTrainer(DPOTrainer):
         use_fused_gelu(self.model)
         self.is_exact = self._agrees_with_stock()
         if not self.is_exact:
-            why = (
-                "重みを分けて持つ学習"
-                if self.is_fsdp_enabled or self.is_deepspeed_enabled
-                else "標準の計算と一致しないモデル"
+            print(
+                "このモデルでは速い計算が標準の計算と一致しないので、TRL の標準の計算で学習します。"
+                "時間は長くなります。"
             )
-            print(f"速い計算は{why}では使えないので、TRL の標準の計算で学習します。時間は長くなります。")
 
     def _agrees_with_stock(self) -> bool:
-        """Compare the log-probs of the two longest rows with those of an ordinary forward pass; a sharded
-        model is not tried.
-        """
+        """Compare the log-probs of the two longest rows with those of an ordinary forward pass."""
         if not {"position_ids", "logits_to_keep"} <= set(
             inspect.signature(self.model.get_base_model().forward).parameters
         ):
@@ -190,8 +187,9 @@ class FastDPOTrainer(DPOTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """-log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), the mean over pairs
-        (Rafailov et al. 2023, eq. 7).
+        """-log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)), the mean over pairs (Rafailov
+        et al. 2023, eq. 7); with `sft` among the losses, plus the mean over pairs of the chosen answer's -log
+        p a token.
         """
         if not self.is_exact or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -202,11 +200,22 @@ class FastDPOTrainer(DPOTrainer):
         sums = []
         policy = self._score(model, inputs, sums)
         rewards = self.args.beta * (policy - reference)  # (2, pairs)
-        margins = rewards[0] - rewards[1]
-        self._measure(inputs, policy.detach(), rewards.detach(), sum(sums))
-        return -F.logsigmoid(margins).mean()
+        preference, extra = -F.logsigmoid(rewards[0] - rewards[1]).mean(), {}
+        weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
+        loss = weights["sigmoid"] * preference
+        if "sft" in weights:
+            # by pairs and not by tokens: a micro-batch of any size then gives the loss of the seed's 1 x 4
+            tokens = inputs["completion_mask"][: len(policy[0]), 1 : self.args.max_length].sum(1).clamp(min=1)
+            sft = -(policy[0] / tokens.to(policy.device)).mean()
+            loss = loss + weights["sft"] * sft
+            extra = {
+                "loss": preference.detach(),
+                "sft_loss": sft.detach(),
+            }  # "loss" is always the preference term
+        self._measure(inputs, policy.detach(), rewards.detach(), sum(sums), extra)
+        return loss
 
-    def _measure(self, inputs, policy, rewards, sums) -> None:
+    def _measure(self, inputs, policy, rewards, sums, extra: dict) -> None:
         """Note for the log what TRL notes, under its names."""
         tokens, entropy, logit, likeliest = sums.T
         tokens = tokens.clamp(min=1)  # rows that were cut before their answers
@@ -221,6 +230,7 @@ class FastDPOTrainer(DPOTrainer):
             "rewards/margins": (rewards[0] - rewards[1]).mean(),
             "logps/chosen": policy[0].mean(),
             "logps/rejected": policy[1].mean(),
+            **extra,
         }
         # one gathering and one wait for the device
         values = self.accelerator.gather(torch.stack(list(figures.values()))).view(-1, len(figures)).mean(0)

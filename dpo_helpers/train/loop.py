@@ -19,7 +19,9 @@ from dpo_helpers.model.adapters import load_adapters
 
 
 class Outcome(NamedTuple):
-    """How a stage ended: `ending` is "finished", "interrupted" or "nan", `step` the last good optimizer step."""
+    """How a stage ended: `ending` is "finished", "interrupted" or "nan", `step` the last good optimizer
+    step.
+    """
 
     trainer: object
     ending: str
@@ -29,8 +31,8 @@ class Outcome(NamedTuple):
 def train_stage(run: Run, stage: str, config: RunConfig, machine: Machine, build, trainer=None) -> Outcome:
     """Train `stage` with the trainer that is given, or with one made by `build()`, and return the outcome.
 
-    Where memory runs out a new trainer is built with smaller batches, so the outcome's may be another one. Raises
-    UserError where memory runs out at a micro-batch of one.
+    Where memory runs out a new trainer is built with smaller batches, so the outcome's may be another one.
+    Raises UserError where memory runs out at a micro-batch of one.
     """
     import torch
 
@@ -62,9 +64,11 @@ def train_stage(run: Run, stage: str, config: RunConfig, machine: Machine, build
 
 
 def _attempt(run: Run, stage: str, config: RunConfig, machine: Machine, trainer) -> bool:
-    """Train from the newest checkpoint of this stage, or from the start; return whether the end was reached."""
+    """Train from the newest checkpoint of this stage, or from the start; return whether the end was
+    reached.
+    """
     from dpo_helpers.train.callbacks import KeepCheckpoints, StopWhenAsked, WatchNumbers, watch_stop_button
-    from dpo_helpers.train.live_view import LiveView
+    from dpo_helpers.train.live import LiveView
 
     checkpoint, asked = run.newest(stage), threading.Event()
     if checkpoint and _take_over(run, stage, trainer, checkpoint):
@@ -91,7 +95,9 @@ def _attempt(run: Run, stage: str, config: RunConfig, machine: Machine, trainer)
 
 
 def _take_over(run: Run, stage: str, trainer, checkpoint) -> bool:
-    """Put a checkpoint's adapters and counters into the trainer; return whether it is the end of the stage."""
+    """Put a checkpoint's adapters and counters into the trainer; return whether it is the end of the
+    stage.
+    """
     from transformers import TrainerState
 
     load_adapters(trainer.model, checkpoint.path)
@@ -111,19 +117,23 @@ def _take_over(run: Run, stage: str, trainer, checkpoint) -> bool:
 
 
 def shrink_batches(run: Run, config: RunConfig, in_evaluation: bool) -> None:
-    """Halve what is computed at once, without changing the pairs per optimizer step, or say what else can be done."""
+    """Halve what is computed at once, without changing the pairs per optimizer step, or say what else can
+    be done.
+    """
     progress, effective = run.progress, config.effective_batch_size
     if in_evaluation and progress.eval_batch > 1 and run.process_count == 1:
         half = progress.eval_batch // 2
         print(
-            f"メモリが足りないので、評価で一度に計算する行を {progress.eval_batch} から {half} に減らして続けます。"
+            f"メモリが足りないので、評価で一度に計算する行を {progress.eval_batch} から "
+            f"{half} に減らして続けます。"
         )
         progress.eval_batch = half
         return
     if run.process_count > 1:
         raise UserError(
             "メモリが足りません。複数のプロセスでは、自動で減らすことができません。"
-            "--set per_device_train_batch_size を小さくし、その分 --set gradient_accumulation_steps を大きくして、"
+            "--set per_device_train_batch_size を小さくし、その分 --set "
+            "gradient_accumulation_steps を大きくして、"
             "別の --run-dir で実行してください（1 なら、もっと小さいモデルを）。"
         )
     if progress.micro_batch == 1 or in_evaluation:

@@ -1,4 +1,5 @@
-"""The two stages of a run as a cell or a terminal calls them, and what stands in metrics.json of the training.
+"""The two stages of a run as a cell or a terminal calls them, and what stands in metrics.json of the
+training.
 
 Where a stage ended early, what there is of it is saved, and the reason and the way to go on are told.
 """
@@ -9,10 +10,10 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped
-from dpo_helpers.judge.monitoring import summarize_training
+from dpo_helpers.judge.history import summarize_training
 from dpo_helpers.judge.verdict import judge
-from dpo_helpers.keep.run import Run
 from dpo_helpers.keep.result import save_run
+from dpo_helpers.keep.run import Run
 from dpo_helpers.machine import Machine, measure_peak_memory
 from dpo_helpers.model.load import count_parameters
 from dpo_helpers.train.loop import Outcome, train_stage
@@ -23,10 +24,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 def train_sft(run: Run, config: RunConfig, machine: Machine, train_rows: list[dict]) -> Path | None:
-    """Teach the base model the chosen answers, or go on where that was; return the warmed-up adapter's folder.
+    """Teach the base model the chosen answers, or go on where that was; return the warmed-up adapter's
+    folder.
 
-    The loss is the mean negative log-likelihood of the answers' tokens alone; `run.progress.sft_log` holds the log
-    history. With `sft_epochs` 0 there is no warm-up: None.
+    The loss is the mean negative log-likelihood of the answers' tokens alone; `run.progress.sft_log` holds
+    the log history. With `sft_epochs` 0 there is no warm-up: None.
     """
     if config.sft_epochs == 0:
         print("SFT_EPOCHS が 0 なので、教師あり学習は行いません。")
@@ -55,8 +57,8 @@ def train_dpo(
 ):
     """Train to the end, from the newest checkpoint if there is one; return the trainer that did it.
 
-    That is another one than was given when memory ran out. A trainer that has trained already is left alone, so
-    that a cell run twice does no harm.
+    That is another one than was given when memory ran out. A trainer that has trained already is left alone,
+    so that a cell run twice does no harm.
     """
     if trainer.state.global_step >= trainer.state.max_steps > 0:
         print(
@@ -76,10 +78,11 @@ def train_dpo(
 
 
 def build_metrics(run: Run, config: RunConfig, machine: Machine, train_rows, trainer) -> dict:
-    """Put together what metrics.json says of the training, in nats, bytes and seconds; judge.measure adds the rest.
+    """Put together what metrics.json says of the training, in nats, bytes and seconds; judge.measure adds the
+    rest.
 
-    `resumed_at` are the steps that interrupted processes went on from, `steps_executed` the optimizer steps of
-    this process.
+    `resumed_at` are the steps that interrupted processes went on from, `steps_executed` the optimizer steps
+    of this process.
     """
     trainable, total = count_parameters(trainer.model)
     seconds, steps, count = run.clock.seconds, trainer.state.global_step, len(train_rows)
@@ -140,13 +143,15 @@ def stop_run(run: Run, stage: str, config, machine, train_rows, outcome: Outcome
     )
     if outcome.ending == "nan":
         text = (
-            f"ステップ {step} の次で勾配が NaN か無限大になったので、重みが壊れる前に学習を止めました。{last}\n"
+            f"ステップ {step} の次で勾配が NaN か無限大になったので、"
+            f"重みが壊れる前に学習を止めました。{last}\n"
             "LEARNING_RATE か lora_scale を 2 分の 1 から 10 分の 1 に下げ、RUN_NAME に別の名前を書いて、"
             "設定のセルから実行してください。"
         )
     else:
         text = (
-            f"ステップ {step} で停止しました。{last}ここまでの重み、記録、グラフは {run.folder} に保存しました。\n"
+            f"ステップ {step} で停止しました。{last}ここまでの重み、記録、"
+            f"グラフは {run.folder} に保存しました。\n"
             "続けるには、もう一度同じように実行してください（RESUME は「自動」のまま）。"
         )
     return TrainingStopped(text, outcome.ending, step)

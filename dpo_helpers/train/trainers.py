@@ -5,22 +5,36 @@ through train_stage.
 from pathlib import Path
 
 from dpo_helpers.config import RunConfig
+from dpo_helpers.data.prompt import SIDES
 from dpo_helpers.data.tokens import format_row
 from dpo_helpers.errors import UserError
 from dpo_helpers.keep.run import Run
 from dpo_helpers.machine import Machine, halve_on_out_of_memory
 from dpo_helpers.model.load import check_trainable_precision, load_base_model, make_lora_config
 from dpo_helpers.model.quantization import restore_adapters
+from dpo_helpers.train.checks import check_training
 
 # What these losses need beside their name: TRL's robust loss without smoothing is the sigmoid one, and
 # exo_pair raises.
 LOSS_ARGUMENTS = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 1e-3}}
 
 
-def make_dataset(rows: list[dict], tokenizer):
+def make_dataset(rows: list[dict], tokenizer, references: list[dict] | None = None):
+    """Return rows as TRL reads them; with `references` (score_role's of "reference") the reference is not run
+    again.
+
+    TRL's collator hands such columns on, and the fast trainer takes them.
+    """
     from datasets import Dataset
 
-    return Dataset.from_list([format_row(row, bool(tokenizer.chat_template)) for row in rows])
+    data = [format_row(row, bool(tokenizer.chat_template)) for row in rows]
+    if references:
+        columns = {side: f"reference_{side}" for side in SIDES}
+        data = [
+            line | {f"ref_{side}_logps": found[column] for side, column in columns.items()}
+            for line, found in zip(data, references, strict=True)
+        ]
+    return Dataset.from_list(data)
 
 
 def sample_curve_rows(held_out_rows: list[dict], count: int = 40) -> list[dict]:
@@ -67,6 +81,7 @@ def build_sft_trainer(run: Run, config: RunConfig, machine: Machine, train_rows:
     """Return an SFTTrainer on a freshly loaded base for the run's rows."""
     base, tokenizer = load_base_model(config, machine, run.base)
     run.check_base(base)
+    check_training(base, tokenizer, train_rows, config)
     return make_sft_trainer(
         config, base, tokenizer, train_rows, _shared_arguments(run, config, machine, "sft")
     )
@@ -120,7 +135,8 @@ def choose_trainer(config):
 
         if config.trainer == "fast":
             print(
-                f"TRAINER の fast は LOSS_TYPE が sigmoid のときだけなので、{config.loss_type} は "
+                "trainer の fast は、loss_type が sigmoid か sigmoid+sft のときだけなので、"
+                f"{config.loss_type} は "
                 "TRL の標準の計算で学習します。"
             )
     return DPOTrainer
@@ -135,6 +151,7 @@ def build_dpo_trainer(
     """
     model, tokenizer = load_base_model(config, machine, run.base)
     run.check_base(model)
+    check_training(model, tokenizer, train_rows, config)
     arguments = {
         **_shared_arguments(run, config, machine, "dpo"),
         "eval_strategy": "steps",
@@ -172,6 +189,7 @@ def make_dpo_trainer(
             learning_rate=config.learning_rate,
             beta=config.beta,
             loss_type=config.loss_type.split("+"),  # TRL adds up the losses of a list
+            loss_weights=[1.0, config.sft_weight] if config.loss_type.endswith("+sft") else None,
             **LOSS_ARGUMENTS.get(config.loss_type, {}),
             **arguments,
         ),

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_helpers.data.own_rows import RowErrors, count_problems, load_preferences
-from dpo_helpers.data.row_sources import match_columns
+from dpo_helpers.data.own_rows import RowErrors, check_rows, count_problems, find_conflicts, load_preferences
+from dpo_helpers.data.row_checks import match_columns
 from dpo_helpers.errors import UserError
 
 GOOD = {"prompt": "AIとは何ですか？", "chosen": "人工知能のことです。", "rejected": "わかりません。"}
@@ -52,27 +52,14 @@ SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".xlsx")
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".ndjson"])
 def test_generated_rows_come_back_unchanged_from_every_format(suffix, rows, tmp_path):
-    loaded = load_preferences(write_any(tmp_path / f"rows{suffix}", rows[:200]))
-    assert list(loaded) == rows[:200] and loaded.problems == []
+    checked = check_rows(write_any(tmp_path / f"rows{suffix}", rows[:200]))
+    assert checked[:3] == (rows[:200], [], [])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp932"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
 def test_japanese_text_is_read_in_every_encoding(encoding, suffix, tmp_path):
     assert list(load_preferences(write_any(tmp_path / f"rows{suffix}", [GOOD], encoding))) == [EXPECTED]
-
-
-def test_rows_behave_as_a_sequence_of_dicts(tmp_path, rows):
-    loaded = load_preferences(write_lines(tmp_path / "rows.jsonl", rows))
-    assert (
-        len(loaded) == 1000
-        and loaded[0] == rows[0]
-        and loaded[-1] == rows[-1]
-        and loaded[10:16:2] == rows[10:16:2]
-    )
-    assert rows[500] in loaded
-    with pytest.raises(IndexError):
-        loaded[1000]
 
 
 @pytest.mark.parametrize(
@@ -96,27 +83,25 @@ def test_an_explicit_name_wins_and_our_own_name_wins_over_an_alias(tmp_path):
     )
     assert load_preferences(file)[0]["prompt"] == "質問: x\n回答:\n"
     assert load_preferences(file, {"prompt": "a"})[0]["prompt"] == EXPECTED["prompt"]
-    assert load_preferences(file, {"field": "a"})[0]["field"] == GOOD["prompt"]
-    with pytest.raises(UserError, match="columns は prompt, chosen, rejected"):
-        load_preferences(file, {"質問": "a"})
 
 
 def test_two_columns_for_one_thing_are_a_question_to_the_user():
-    found, trouble, _ = match_columns(("instruction", "input", "chosen", "rejected"), ())
-    assert "prompt" not in found and trouble.startswith(
-        "prompt にあたる列が 2 つあります（instruction, input）"
+    _, trouble = match_columns(("question", "query", "chosen", "rejected"))
+    assert trouble.startswith(
+        "prompt にあたる列が 2 つあります（question、query）。ある列：question（prompt）、query、"
     )
+    assert "--column query=prompt" in trouble
 
 
-def test_missing_columns_are_told_once_with_the_ones_that_are_there(tmp_path):
+def test_missing_columns_are_told_once_with_what_each_is_taken_for_and_the_mapping(tmp_path):
     file = write_any(tmp_path / "rows.csv", [{"prompt": "a", "chosen": "b", "other": "c"}] * 30)
-    with pytest.raises(
-        RowErrors, match="すべての行: rejected の列がありません。ある列：prompt, chosen, other"
-    ) as raised:
+    told = "すべての行: rejected の列がありません。ある列：prompt（prompt）、chosen（chosen）、other。"
+    with pytest.raises(RowErrors, match=told) as raised:
         load_preferences(file)
-    assert len(
-        raised.value.problems
-    ) == 30 and "prompt、chosen、rejected（または 質問、良い回答、悪い回答）に直す" in str(raised.value)
+    assert len(raised.value.problems) == 30
+    assert 'ターミナルでは --column other=rejected、ノートブックでは COLUMNS = {"other": "rejected"}' in str(
+        raised.value
+    )
 
 
 WRONG = [
@@ -138,10 +123,7 @@ def test_each_kind_of_wrong_row_is_told_in_japanese(change, reason, message, tmp
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps({**GOOD, **change})}\n", encoding="utf-8")
     assert problems_of(file) == [(3, reason, message)]  # the empty second line counts, as in a text editor
-    kept = load_preferences(file, on_error="drop")
-    assert list(kept) == [EXPECTED] and [tuple(problem) for problem in kept.problems] == [
-        (3, reason, message)
-    ]
+    assert load_preferences(file, on_error="drop") == [EXPECTED]
 
 
 def test_a_line_that_is_no_json_and_one_that_is_no_object_are_row_errors(tmp_path):
@@ -154,37 +136,63 @@ def test_a_line_that_is_no_json_and_one_that_is_no_object_are_row_errors(tmp_pat
     ]
 
 
-def test_repeated_and_contradicting_rows_name_the_row_before(tmp_path):
-    other = {**GOOD, "rejected": "知りません。"}
-    records = [
-        GOOD,
-        other,
-        {**GOOD, "prompt": "質問：AIとは何ですか？"},
-        {**GOOD, "chosen": GOOD["rejected"], "rejected": "別の文です。"},
-    ]
-    records += [
-        {**GOOD, "chosen": "良い。", "rejected": GOOD["chosen"]},
-        {**GOOD, "prompt": "別", "chosen": GOOD["rejected"], "rejected": "x"},
-    ]
+def test_a_repeated_and_a_reversed_row_name_the_row_before(tmp_path):
+    reverse = {**GOOD, "chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}
+    records = [GOOD, {**GOOD, "prompt": "質問：AIとは何ですか？"}, reverse, {**reverse, "prompt": "別"}]
     swapped = "1行目と、同じ質問の chosen と rejected が入れ替わっているようです"
     assert problems_of(write_lines(tmp_path / "rows.jsonl", records)) == [
-        (3, "duplicate", "1行目と同じ行です"),
-        (4, "swapped", swapped),
-        (5, "swapped", swapped),
+        (2, "duplicate", "1行目と同じ行です"),
+        (3, "swapped", swapped),
     ]
 
 
-def test_a_repetition_is_found_across_batches(tmp_path):
+def prefer(*pairs: str, prompt="p") -> list[tuple[int, dict]]:
+    """Numbered rows; "ab" prefers a to b."""
+    return [(i, {"prompt": prompt, "chosen": a, "rejected": b}) for i, (a, b) in enumerate(pairs, 1)]
+
+
+def test_a_ranking_written_as_pairs_is_no_conflict_and_a_circle_is_one():
+    assert find_conflicts(prefer("ab", "ac", "ad", "bc", "bd", "cd")) == []
+    [problem] = find_conflicts(prefer("ab", "bc", "xy", "ca"))
+    assert problem[:2] == (4, "swapped") and problem.message.startswith("1行目、2行目と合わせると")
+    assert [problem.position for problem in find_conflicts(prefer("ca", "ab", "bc", "bd", "da"))] == [3, 5]
+    assert find_conflicts(prefer("ab", "bc") + prefer("ca", prompt="another")) == []
+
+
+def test_random_preferences_keep_an_order_and_lose_no_more_than_they_must():
+    from graphlib import TopologicalSorter
+
+    draw = random.Random(0)
+    for _ in range(200):
+        pairs = ["".join(draw.sample("abcdef", 2)) for _ in range(draw.randint(1, 20))]
+        wrong = {problem.position for problem in find_conflicts(prefer(*pairs))}
+        kept, graph = [pair for i, pair in enumerate(pairs, 1) if i not in wrong], {}
+        for better, worse in kept:
+            graph.setdefault(worse, set()).add(better)
+        order = list(TopologicalSorter(graph).static_order())
+        assert all(order.index(better) < order.index(worse) for better, worse in kept)
+        assert len(set(kept)) == len(kept) and 1 not in wrong
+
+
+def test_many_rows_of_one_prompt_are_compared_in_bearable_time():
+    import time
+
+    answers = [chr(0x4E00 + i) for i in range(450)]
+    pairs = [a + b for i, a in enumerate(answers) for b in answers[i + 1 :]]
+    random.Random(0).shuffle(pairs)
+    start = time.perf_counter()
+    assert len(pairs) > 100_000 and find_conflicts(prefer(*pairs)) == []
+    assert time.perf_counter() - start < 10
+
+
+def test_a_repetition_is_found_far_away(tmp_path):
     records = [{**GOOD, "prompt": f"質問その{i}"} for i in range(25_000)]
-    file = write_lines(tmp_path / "rows.jsonl", [*records, records[3]])
-    kept = load_preferences(file, on_error="drop")
-    assert len(kept) == 25_000 and [tuple(problem) for problem in kept.problems] == [
-        (25_001, "duplicate", "4行目と同じ行です")
-    ]
-    assert kept[24_999]["prompt"] == "質問: 質問その24999\n回答:\n"
+    checked = check_rows(write_lines(tmp_path / "rows.jsonl", [*records, records[3]]))
+    assert len(checked.rows) == 25_000 and checked.rows[-1]["prompt"] == "質問: 質問その24999\n回答:\n"
+    assert [tuple(problem) for problem in checked.problems] == [(25_001, "duplicate", "4行目と同じ行です")]
 
 
-def test_a_sheet_counts_its_rows_with_the_header_and_a_cell_may_hold_line_breaks(tmp_path):
+def test_a_table_counts_the_lines_of_a_text_editor_and_a_cell_may_hold_line_breaks(tmp_path):
     text = (
         'prompt,chosen,rejected\n"一つ目\nの質問",はい,いいえ\n\n二つ目,同じ,同じ\n'
         "三つ目,はい\n四つ目,a,b,c\nNA,null,NaN\n"
@@ -193,9 +201,9 @@ def test_a_sheet_counts_its_rows_with_the_header_and_a_cell_may_hold_line_breaks
     (tmp_path / "rows.tsv").write_text(text.replace(",", "\t"), encoding="utf-8")
     for name in ("rows.csv", "rows.tsv"):
         assert problems_of(tmp_path / name) == [
-            (4, "identical", "chosen と rejected が同じです"),
-            (5, "empty", "rejected が空です"),
-            (6, "unreadable", "見出しの 3 列より多くの列があります"),
+            (5, "identical", "chosen と rejected が同じです"),
+            (6, "empty", "rejected が空です"),
+            (7, "unreadable", "見出しの 3 列より多くの列があります"),
         ]
         assert [row["chosen"] for row in load_preferences(tmp_path / name, on_error="drop")] == [
             "はい",
@@ -203,15 +211,12 @@ def test_a_sheet_counts_its_rows_with_the_header_and_a_cell_may_hold_line_breaks
         ]
 
 
-def test_an_excel_sheet_may_begin_below_and_a_number_is_not_text(tmp_path):
+def test_an_excel_sheet_may_begin_below_and_an_error_value_is_empty(tmp_path):
     frame = pandas.DataFrame(
         [list(GOOD), list(GOOD.values()), [None] * 3, ["NA", 42, "b"], ["q", "=1/0", "b"]]
     )
     frame.to_excel(tmp_path / "rows.xlsx", header=False, index=False, startrow=2)
-    assert problems_of(tmp_path / "rows.xlsx") == [
-        (6, "not_text", "chosen が文字列ではありません（42）"),
-        (7, "empty", "chosen が空です"),
-    ]
+    assert problems_of(tmp_path / "rows.xlsx") == [(7, "empty", "chosen が空です")]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
@@ -248,8 +253,8 @@ def test_the_message_holds_the_first_20_rows_and_the_counts(tmp_path):
 
 def test_dropped_rows_are_counted_and_written_to_a_file(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [GOOD, GOOD, {**GOOD, "chosen": ""}, {**GOOD, "prompt": " "}])
-    kept = load_preferences(file, on_error="drop", dropped_file=tmp_path / "dropped.jsonl")
-    assert count_problems(kept) == [
+    load_preferences(file, on_error="drop", dropped_file=tmp_path / "dropped.jsonl")
+    assert count_problems(check_rows(file).problems) == [
         {"理由": "空", "行数": 1},
         {"理由": "空白だけ", "行数": 1},
         {"理由": "同じ行がある", "行数": 1},
@@ -272,8 +277,8 @@ def test_a_row_that_leaves_nothing_to_learn_is_too_long_only_with_a_tokenizer(tm
     assert (position, reason) == (2, "too_long") and message.startswith(
         "長すぎて、128 トークンで切ると学べるところが残りません"
     )
-    kept = load_preferences(file, on_error="drop", tokenizer=gpt2_tokenizer, max_length=128)
-    assert list(kept) == [EXPECTED] and [row.usable for row in kept.measured] == [True, False]
+    checked = check_rows(file, tokenizer=gpt2_tokenizer, max_length=128)
+    assert checked.rows == [EXPECTED] and [row.usable for row in checked.measured] == [True, False]
 
 
 def say(*texts):
@@ -321,7 +326,7 @@ def test_earlier_turns_stay_in_the_prompt(tmp_path):
     )
     assert [row["prompt"] for row in loaded] == [
         "質問: 一\n回答:\nはい。\n質問: 二\n回答:\n",
-        "質問: 短く答えます。\n質問: 一\n回答:\nはい。\n質問: 二\n回答:\n",
+        "質問: 短く答えます。\n\n一\n回答:\nはい。\n質問: 二\n回答:\n",
     ]
 
 
@@ -340,7 +345,7 @@ def test_earlier_turns_stay_in_the_prompt(tmp_path):
             {"chosen": say("", "a")[1:], "rejected": say("", "b")[1:]},
             "user の発言（質問）で終わる部分がありません",
         ),
-        ({"chosen": say(" ", "a"), "rejected": say(" ", "b")}, "最後の質問（user の発言）が空です"),
+        ({"chosen": say(" ", "a"), "rejected": say(" ", "b")}, "prompt に質問の文がありません"),
         (
             {"chosen": [{"text": "a"}], "rejected": say("q", "b")},
             "chosen の発言に role と content の文字列がありません",
@@ -350,7 +355,6 @@ def test_earlier_turns_stay_in_the_prompt(tmp_path):
             {"prompt": "q", "chosen": say("q", "a"), "rejected": say("q", "a")},
             "chosen と rejected が同じです",
         ),
-        ({"prompt": say("q"), "rejected": "b"}, "chosen の列がありません。ある列：prompt, rejected"),
     ],
 )
 def test_a_conversation_of_another_form_is_a_row_error(record, message, tmp_path):
@@ -360,14 +364,14 @@ def test_a_conversation_of_another_form_is_a_row_error(record, message, tmp_path
 UNREADABLE = {
     "absent.csv": (None, "見つかりません"),
     "./absent": (None, "見つかりません"),
-    "owner/absent": (None, "Hub のデータセットとしても読めません"),
+    "owner/absent": (None, "データセット owner/absent を取得できません"),
+    "imagefolder": (None, "所有者/名前 の形"),
     "rows.txt": (b"a", "形式は読めません"),
     "empty.csv": (b"", "行がありません"),
     "header.csv": (b"prompt,chosen,rejected\n", "行がありません"),
     "twice.csv": (b"prompt,chosen,chosen\na,b,c\n", "見出し chosen が二つ以上"),
     "open.csv": (b'prompt,chosen,rejected\na,b,"c\nd,e,f\n', "2行目の引用符"),
-    "mixed.csv": ("あ".encode() + "あ".encode("cp932") + b"\x82", "UTF-8 でも CP932"),
-    "object.json": (b'{"a": 1}', "配列"),
+    "mixed.csv": ("あ".encode() + "あ".encode("cp932") + b"\x82", "文字コードが分かりません"),
     "half.json": (b'[{"a": 1},', "読み取れません"),
     "broken.parquet": (b"PAR1 nothing", "読み取れません"),
     "broken.xlsx": (b"PK nothing", "読み取れません"),
@@ -392,12 +396,19 @@ def test_a_hub_data_set_is_read_with_its_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "datasets.load_dataset", lambda name, split: data if (name, split) == ("owner/name", "test") else None
     )
-    loaded = load_preferences("owner/name", split="test", on_error="drop")
-    assert (
-        list(loaded) == [EXPECTED]
-        and loaded.unit == "件目"
-        and loaded.problems[0].message == "1件目と同じ行です"
-    )
+    for arguments in ({"source": "owner/name", "split": "test"}, {"source": "owner/name:test"}):
+        checked = check_rows(**arguments)
+        assert checked.rows == [EXPECTED] and checked.problems[0].message == "1件目と同じ行です"
+        assert checked.notes == ["使わない列：score"]
+
+
+def test_a_split_that_is_not_there_is_told_with_those_that_are(monkeypatch):
+    def load_dataset(name, split):
+        raise ValueError(f'Unknown split "{split}". Should be one of ["prefs"].')
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"owner/name の train は読めません。owner/name:split か .*prefs"):
+        check_rows("owner/name")
 
 
 # --- mutated files: nothing but valid rows or our own error ever comes out, and no row is lost on the way ---
@@ -427,24 +438,14 @@ def check(path: Path, records: int | None = None) -> None:
     there are in the file.
     """
     try:
-        loaded = load_preferences(path, on_error="drop")
-        kept, problems = list(loaded), loaded.problems
-    except RowErrors as error:
-        kept, problems = [], error.problems
-        str(error).encode()
+        checked = check_rows(path)
     except UserError as error:
         str(error).encode()
         return
+    kept, problems = checked.rows, checked.problems
+    "".join([*checked.notes, *(problem.message for problem in problems)]).encode()
     for row in kept:
-        assert set(row) <= {
-            "prompt",
-            "chosen",
-            "rejected",
-            "field",
-            "concept",
-            "question_form",
-            "rejection_kind",
-        }
+        assert set(row) == {"prompt", "chosen", "rejected"}
         assert all(isinstance(text, str) and text.strip() for text in row.values())
         assert row["prompt"].endswith("\n回答:\n") and row["chosen"] != row["rejected"]
         "".join(row.values()).encode()
@@ -456,7 +457,7 @@ def check(path: Path, records: int | None = None) -> None:
         with pytest.raises(RowErrors):
             load_preferences(path)
     else:
-        assert list(load_preferences(path)) == kept
+        assert load_preferences(path) == kept
 
 
 @BOUNDED

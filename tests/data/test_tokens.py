@@ -12,8 +12,12 @@ from dpo_helpers.data.tokens import (
     describe_token_report,
     drop_unusable,
     encode_answers,
+    encode_prompts,
+    find_end_of_turn,
+    find_opening,
     measure_rows,
     plot_token_report,
+    settle_template,
 )
 from dpo_helpers.errors import UserError
 from dpo_helpers.model.load import load_tokenizer
@@ -70,9 +74,9 @@ def prepare(rows, folder, tmp_path, max_length, chat=False):
         folder = shutil.copytree(folder, tmp_path / "chat")
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     config = RunConfig(model_name=str(folder), max_length=max_length, sft_epochs=0)
-    run = Run(config, tmp_path, find_machine("cpu"), None, Stopwatch())
-    run.use_rows(rows, rows[:2])
-    trainer = build_dpo_trainer(run)
+    machine = find_machine("cpu")
+    run = Run(tmp_path / "run", config, machine, Stopwatch())
+    trainer = build_dpo_trainer(run, config, machine, rows, rows[:2])
     prepared = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
     return prepared, trainer.processing_class
 
@@ -99,6 +103,87 @@ def test_the_counts_are_those_of_the_installed_trainer(mixed_rows, small_model, 
         prepared
     )  # a dropped row is one that would be cut
     assert report["rows_merged_at_boundary"] == (0 if chat else 2)
+
+
+TURN = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+ASSISTANT = "{% if add_generation_prompt %}<|assistant|>"
+# (template, what ends a turn, how many notes); the special tokens are added to the tokenizer
+TEMPLATES = {
+    "plain": (TURN + "<|endoftext|>{% endfor %}" + ASSISTANT + "{% endif %}", "<|endoftext|>", 0),
+    "an end of turn that is not EOS": (
+        TURN + "<|end|>\n{% endfor %}" + ASSISTANT + "{% endif %}",
+        "<|end|>",
+        0,
+    ),
+    "an opened thought": (TURN + "<|end|>\n{% endfor %}" + ASSISTANT + "<think>\n{% endif %}", "<|end|>", 1),
+    "a system of its own": (
+        "<|system|>親切に。<|end|>\n" + TURN + "<|end|>\n{% endfor %}" + ASSISTANT + "{% endif %}",
+        "<|end|>",
+        0,
+    ),
+    "today's date": (
+        "<|system|>{{ strftime_now('%d %b %Y') }}<|end|>"
+        + TURN
+        + "<|end|>{% endfor %}"
+        + ASSISTANT
+        + "{% endif %}",
+        "<|end|>",
+        1,
+    ),
+}
+
+
+@pytest.fixture
+def chat_model(small_model, tmp_path):
+    """A function that gives the folder of the small model with a chat template and its tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def make(template: str):
+        tokenizer = AutoTokenizer.from_pretrained(small_model)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]}
+        )
+        tokenizer.chat_template = template
+        model = AutoModelForCausalLM.from_pretrained(small_model)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        notes = settle_template(tokenizer)
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "chat")
+        return tmp_path / "chat", notes
+
+    return make
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(("template", "end", "count"), TEMPLATES.values(), ids=TEMPLATES)
+def test_training_scores_and_answers_begin_and_end_at_one_place(
+    template, end, count, chat_model, rows, tmp_path
+):
+    folder, notes = chat_model(template)
+    prepared, tokenizer = prepare(rows[:4], folder, tmp_path, 128)
+    asked = encode_prompts(tokenizer, [row["prompt"] for row in rows[:4]])
+    assert len(notes) == count and find_opening(tokenizer) == ""
+    assert tokenizer.convert_ids_to_tokens(find_end_of_turn(tokenizer)) == end
+    for i, (prompt, chosen, rejected) in enumerate(prepared):
+        for side, answer in (("chosen", chosen), ("rejected", rejected)):
+            [(start, whole)] = encode_answers(tokenizer, [(rows[i]["prompt"], rows[i][side])])
+            assert (asked[i], start, whole) == (prompt, prompt, prompt + answer)
+            assert tokenizer.decode(answer).startswith(rows[i][side] + end)
+
+
+def test_a_date_in_a_template_is_the_same_on_every_day(gpt2_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(gpt2_tokenizer)
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}|{{ strftime_now(\"%Y\") }}{{ messages[0]['content'] }}"
+    )
+    with pytest.raises(ValueError):  # a template without the assistant's turn has no answer to look behind
+        settle_template(tokenizer)
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+        == "01 Jan 2025|2025q"
+    )
 
 
 @pytest.mark.versions
@@ -185,7 +270,7 @@ def test_the_report_sums_up_and_its_table_is_japanese():
     assert report["rows_cut"] == 74 and report["rows_usable"] == 200 and report["rows_without_answer"] == 0
     assert report["tokens_per_character"] == round((sum(range(2, 202)) + 400) / (sum(range(1, 201)) + 200), 3)
     table = describe_token_report(report)
-    assert {"項目": "途中で切られる行", "値": 74, "見方": "回答の終わりが失われる"} in table
+    assert {"項目": "途中で切られる行", "値": 74, "読み方": "回答の終わりが失われる"} in table
     assert json.loads(json.dumps(report)) == report
 
 

@@ -31,7 +31,9 @@ def find_python(version: str) -> str:
     """An interpreter of this version: ours, one on the PATH, or one that pyenv keeps."""
     if sys.version.startswith(version + "."):
         return sys._base_executable
-    kept = sorted(Path(os.environ.get("PYENV_ROOT", "/nonexistent")).glob(f"versions/{version}.*/bin/python"))
+    kept = sorted(
+        Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv").glob(f"versions/{version}.*/bin/python")
+    )
     for candidate in (shutil.which(f"python{version}"), *map(str, kept)):
         if candidate and subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
             return candidate
@@ -140,13 +142,10 @@ def doctor(python: str, *options: str, environment: dict | None = None) -> tuple
     return process.returncode, json.loads(process.stdout), process.stderr
 
 
-def set_up(python: str, requirements: tuple[str, ...] = ()) -> str:
+def set_up(python: str, requirements: tuple[str, ...] = (), environment: dict | None = None) -> str:
     """What the notebook's set-up cell does; returns what it prints."""
-    process = run(
-        python,
-        "-c",
-        f"from dpo_helpers.setup.packages import install_missing; install_missing({requirements!r})",
-    )
+    code = f"from dpo_helpers.setup.packages import install_missing; install_missing({requirements!r})"
+    process = run(python, "-c", code, environment=environment)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 

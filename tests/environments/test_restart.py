@@ -46,7 +46,7 @@ INSTALL = (
     "from dpo_helpers.setup.packages import install_missing\n"
     "print(install_missing({requirements!r}, auto_restart={auto_restart}))"
 )
-LOOK = "from dpo_helpers.setup.quick_fix import quick_fix\nprint(quick_fix(metadata_only=True).exit_code)"
+LOOK = "from dpo_helpers.setup.doctor import quick_fix\nprint(quick_fix(metadata_only=True).exit_code)"
 
 
 @pytest.fixture(scope="module")

@@ -1,180 +1,137 @@
+"""What an answer counts as, worked out by hand on small sets of rows."""
+
 import pytest
 
-from dpo_helpers.config import RunConfig
 from dpo_helpers.judge.answers import (
-    accuracy_interval,
-    compare_generation,
+    check_answers,
+    find_nearest,
     has_loop,
-    measure_answers,
-    measure_distinct,
     measure_japanese,
-    measure_reference_distance,
+    paired_difference,
+    share_interval,
+    summarize_checks,
+    take_out,
 )
 
+FACTS = {  # (concept, question): chosen answer
+    ("変数", "変数とは何ですか？"): "変数は、値に付ける名前です。",
+    ("変数", "変数の例を教えてください。"): "変数の例は、合計点を入れるtotalです。",
+    ("定数", "定数とは何ですか？"): "定数は、実行中に変えない値です。",
+    ("定数", "定数の例を教えてください。"): "定数の例は、円周率を表すPIです。",
+}
+ROWS = [
+    {"prompt": f"質問: {question}\n回答:\n", "chosen": chosen, "concept": concept, "rejection_kind": kind,
+     "rejected": f"{concept}は、いろいろあって奥が深いものです。" if kind == "vague" else chosen[:6]}
+    for ((concept, question), chosen), kind in zip(FACTS.items(), ["vague", "unfinished", "vague", "unfinished"], strict=True)
+]  # fmt: skip
 
-def chrf(answer: str, reference: str) -> float:
-    return measure_answers([answer], [reference])["chrf"]
+
+def check(answer: str) -> dict:
+    (found,) = check_answers([answer], ROWS[:1], ROWS)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("successes", "count", "low", "high"),
+    ("answer", "right"),
     [
-        (8, 10, 0.4902, 0.9433),  # (0.8 + 0.19207) / 1.38415 ± 1.95996 * sqrt(0.016 + 0.0096036) / 1.38415
-        (0, 10, 0.0, 0.2775),  # z² / (10 + z²) = 3.84146 / 13.84146
-        (10, 10, 0.7225, 1.0),
-        (5, 5, 0.5655, 1.0),  # 5 / 8.84146
-        (50, 100, 0.4038, 0.5962),
+        ("変数は、値に付けておく名前のことです。", True),  # its own fact in other words
+        ("変数の例は、合計点を入れるtotalです。", False),  # true of it, but of another form
+        ("変数は、実行中に変えない値です。", False),  # another concept's fact under this name
+        ("変数とは何ですか？", False),  # the question repeated
+        ("変数", False),  # nothing is left without the name
+        ("", False),
     ],
 )
-def test_wilsons_interval_on_known_numbers(successes, count, low, high):
-    assert accuracy_interval(successes, count) == pytest.approx((low, high), abs=5e-5)
+def test_right_is_the_own_fact_and_nothing_else(answer, right):
+    assert check(answer)["right"] is right
 
 
-def test_chrf_of_a_pair_worked_out_by_hand():
-    # characters 2/3, pairs 1/2 (です), triples 0/1, longer ones do not exist: (2/3 + 1/2 + 0) / 3 = 7/18,
-    # precision and recall alike
-    assert chrf("犬です", "猫です") == pytest.approx(100 * 7 / 18)
+def test_a_tie_of_two_different_candidates_is_no_answer():
+    assert find_nearest("あいう", ["あいうえ", "えあいう"]) is None
+    assert find_nearest("あいう", ["あいう", "あいう"]) == "あいう"
 
 
-def test_chrf_weighs_recall_four_times_as_much_as_precision():
-    # precision (1 + 1) / 2, recall (2/3 + 1/2) / 2 = 7/12, no triple on one side: F2 = 5 * 7/12 / (4 * 1 +
-    # 7/12) = 7/11
-    assert chrf("です", "猫です") == pytest.approx(100 * 7 / 11)
-    assert chrf("猫です", "です") == pytest.approx(
-        100 * 7 / 8
-    )  # the other way round: 5 * 7/12 / (4 * 7/12 + 1)
+def test_two_rows_with_the_same_answer_are_both_right():
+    twin = ROWS[0] | {"prompt": "質問: 変数について教えてください。\n回答:\n"}
+    (found,) = check_answers([ROWS[0]["chosen"]], [twin], [*ROWS, twin])
+    assert found["right"]
 
 
-def test_chrf_counts_over_all_answers_and_does_not_average_them():
-    # characters (3 + 0) / (3 + 1), pairs 2 / 2, triples 1 / 1: (3/4 + 1 + 1) / 3
-    assert measure_answers(["猫です", "x"], ["猫です", "y"])["chrf"] == pytest.approx(
-        100 * (0.75 + 1 + 1) / 3
-    )
+def test_what_the_question_gives_away_is_taken_out():
+    assert take_out("変数の例は、変数xです。", "変数の例を教えてください。", "変数") == "の例は、xです。"
+    assert take_out("教えてくださいと言われました", "例を教えてください。", "例") == "と言われました"
+    assert (
+        take_out("ください", "例をくださらない", "例") == "い"
+    )  # a run of exactly three characters goes, two stay
+
+
+def test_the_other_measures_of_one_answer():
+    found = check("変数は、いろいろあって奥が深いものです。")
+    assert found["manners"] and found["names"] and found["ends"] and not found["loops"]
+    good = check("変数は、値に付ける名前です。")
+    assert not good["manners"] and good["japanese"] == 1.0
+    assert not check("値に付ける名前")["names"] and not check("値に付ける名前")["ends"]
+
+
+def test_bad_manners_of_own_rows_is_nearer_to_the_rejected_answer():
+    row = {
+        "prompt": "質問: 犬は好きですか？\n回答:\n",
+        "chosen": "はい、毎日一緒に散歩します。",
+        "rejected": "さあ、知りませんね。",
+    }
+    answers = ["ええ、一緒に散歩します。", "さあ、知りません。"]
+    checks = check_answers(answers, [row, row], [row])
+    assert [found["manners"] for found in checks] == [False, True] and all(found["names"] for found in checks)
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("変数です。変数です。変数です。", True),
-        ("変数です。変数です。", False),  # 変数です stands twice
-        ("ああああああ", True),  # ああああ begins at 1, 2 and 3
-        ("あああああ", False),  # at 1 and 2
+        ("ああああ", False),
+        ("ああああああ", True),
+        ("犬と猫と犬と猫と犬と猫と", True),
+        ("犬と猫と鳥と馬", False),
         ("", False),
-        ("値に名前を付けて、あとから使えるようにします。", False),
     ],
 )
 def test_four_characters_that_stand_three_times_are_a_loop(answer, expected):
     assert has_loop(answer) is expected
 
 
-def test_distinct_2_counts_pairs_of_characters_over_all_answers():
-    assert measure_distinct(["あいうえ"]) == 1.0
-    assert measure_distinct(["ああああ"]) == pytest.approx(1 / 3)
-    assert measure_distinct(["あいう", "あい"]) == pytest.approx(
-        2 / 3
-    )  # あい, いう, あい; no pair across two answers
-    assert measure_distinct(["あ", ""]) == 0.0
-
-
 def test_the_share_in_japanese_is_of_letters_alone():
-    assert measure_japanese(["AIは犬"]) == 0.5
-    assert measure_japanese(["データ 3.14、人々！"]) == 1.0
-    assert measure_japanese(["Good."]) == measure_japanese(["한국"]) == measure_japanese(["123"]) == 0.0
+    assert measure_japanese("AIは賢い。12") == pytest.approx(3 / 5)
+    assert measure_japanese("123。") == 0.0
 
 
-def test_answers_that_end_and_those_that_were_cut():
-    answers = ["値です。", "値です", "本当？", "値です。", ""]
-    measured = measure_answers(answers, ["値です。"] * 5, cut=[False, False, False, True, False])
-    assert measured["ends"] == 2 / 5 and measured["answers"] == 5
-    assert measured["mean_length"] == (4 + 3 + 3 + 4 + 0) / 5 and measured["repetition"] == 0.0
+def test_the_summary_counts_shares_with_intervals():
+    base = {"names": True, "ends": True, "loops": False, "japanese": 1.0}
+    checks = [base | {"right": i < 6, "manners": i < 1} for i in range(8)]
+    summary = summarize_checks(checks)
+    assert (summary["questions"], summary["right"], summary["manners"]) == (8, 0.75, 0.125)
+    assert summary["interval"]["right"] == pytest.approx([0.4093, 0.9285], abs=1e-4)  # Wilson 1927, 6 of 8
 
 
-# --- on a tiny model ---
-
-ROWS = [
-    {
-        "prompt": "質問: 変数とは何ですか？\n回答:\n",
-        "chosen": "変数は、値に名前を付ける仕組みです。",
-        "rejected": "知りません。",
-    },
-    {
-        "prompt": "質問: 定数とは何ですか？\n回答:\n",
-        "chosen": "定数は、あとから変えない値です。",
-        "rejected": "変数です。",
-    },
-    {
-        "prompt": "質問: 継承とは何ですか？\n回答:\n",
-        "chosen": "継承は、元のクラスを受け継ぐ仕組みです。",
-        "rejected": "さあ。",
-    },
-]
-CONFIG = RunConfig(max_length=96)
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+)
+def test_wilsons_interval_on_known_numbers(successes, count, low, high):
+    assert tuple(share_interval(successes, count)) == pytest.approx((low, high), abs=1e-4)
 
 
-def make_peft_model(folder, changes_answers: bool):
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(1)
-    settings = LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=not changes_answers
-    )
-    return get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder), settings
-    ), AutoTokenizer.from_pretrained(folder)
-
-
-def test_base_and_policy_answer_the_same_questions(tiny_models):
-    from dpo_helpers.model.answer import generate_response
-
-    model, tokenizer = make_peft_model(tiny_models["llama"], changes_answers=True)
-    measures, answers = compare_generation(model, tokenizer, ROWS, CONFIG, count=2)
-    assert list(measures) == ["before", "after", "chosen"] and [
-        part["answers"] for part in measures.values()
-    ] == [2, 2, 2]
-    assert measures["chosen"]["chrf"] == 100.0 and measures["chosen"]["ends"] == 1.0
-    for line in answers:
-        assert line["chosen"] == next(row["chosen"] for row in ROWS if row["prompt"] == line["prompt"])
-        whole = generate_response(model, tokenizer, line["prompt"], max_new_tokens=200)
-        assert line["after"] and whole.startswith(line["after"])
-        with model.disable_adapter():
-            assert generate_response(model, tokenizer, line["prompt"], max_new_tokens=200).startswith(
-                line["before"]
-            )
-    assert [line["before"] for line in answers] != [line["after"] for line in answers]
+def test_a_paired_interval_worked_out_by_hand():
+    # 20 questions: 8 became right, 2 became wrong, 10 stayed. Half a question to each of the four cells: n =
+    # 22,
+    # up = 8.5, down = 2.5, middle = 6 / 22 = 0.27273,
+    # half = 1.95996 * sqrt(11 - 36 / 22) / 22 = 1.95996 * 3.06007 / 22 = 0.27262
+    before = [False] * 8 + [True] * 2 + [True] * 10
+    after = [True] * 8 + [False] * 2 + [True] * 10
+    mean, (low, high) = paired_difference(before, after)
+    assert mean == pytest.approx(0.3) and (low, high) == pytest.approx((0.00011, 0.54535), abs=1e-4)
+    worse, (down, up) = paired_difference(after, before)
+    assert worse == pytest.approx(-0.3) and (down, up) == pytest.approx((-high, -low))
 
 
-def test_an_adapter_that_changes_nothing_answers_as_the_base_and_is_at_distance_zero(tiny_models):
-    model, tokenizer = make_peft_model(tiny_models["gpt2"], changes_answers=False)
-    model.train()
-    measures, answers = compare_generation(model, tokenizer, ROWS, CONFIG)
-    assert len(answers) == 3 and measures["before"] == measures["after"]
-    pairs = [(line["prompt"], line["after"]) for line in answers]
-    assert measure_reference_distance(model, tokenizer, pairs, CONFIG.max_length) == pytest.approx(
-        0.0, abs=1e-6
-    )
-    assert model.training
-
-
-def test_the_distance_equals_that_of_a_plain_loop_over_the_tokens(tiny_models):
-    import torch
-
-    model, tokenizer = make_peft_model(tiny_models["llama"], changes_answers=True)
-    model.eval()
-    pairs = [(ROWS[0]["prompt"], "値です。"), (ROWS[1]["prompt"], "定数は、あとから変えない値です。")]
-
-    def log_probs(prompt, answer):
-        ids, found = tokenizer(prompt)["input_ids"], []
-        for token in [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]:
-            with torch.no_grad():
-                found.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item())
-            ids = [*ids, token]
-        return found
-
-    policy = [log_probs(*pair) for pair in pairs]
-    with model.disable_adapter():
-        reference = [log_probs(*pair) for pair in pairs]
-    means = [(sum(p) - sum(r)) / len(p) for p, r in zip(policy, reference, strict=True)]
-    distance = measure_reference_distance(model, tokenizer, pairs, max_length=128)
-    assert distance == pytest.approx(sum(means) / 2, abs=1e-4) and abs(distance) > 0.01
+def test_where_nothing_changed_the_interval_still_has_a_width():
+    mean, (low, high) = paired_difference([True, False] * 10, [True, False] * 10)
+    assert mean == 0 and low == -high and 0.05 < high < 0.15

@@ -2,8 +2,15 @@ import math
 
 import pytest
 
-from dpo_helpers.judge.answers import check_answer
-from dpo_helpers.judge.scores import preference_loss, score_answers, summarize_by, summarize_scores
+from dpo_helpers.errors import UserError
+from dpo_helpers.judge.scores import (
+    check_before,
+    measure_before,
+    preference_loss,
+    score_answers,
+    summarize_by,
+    summarize_scores,
+)
 
 ROW = {
     "policy_chosen": -10.0,
@@ -94,16 +101,39 @@ def test_out_of_memory_in_any_batch_changes_no_log_prob(tiny_models, monkeypatch
     assert "評価で一度に計算する数を 1 に減らして続けます" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("変数は、値の名前です。", (True, True, True)),
-        ("変数は、値の名前", (False, True, True)),
-        ("定数は、値です。", (True, False, True)),
-        ("変数です。変数です。変数です。", (True, True, False)),
-        ("変数\ufffdです。", (True, True, False)),
-        ("", (False, False, False)),
-    ],
-)
-def test_an_answer_is_checked_for_its_end_the_name_and_loops(answer, expected):
-    assert tuple(check_answer(answer, "変数").values()) == expected
+def test_a_leaked_adapter_stops_the_comparison(small_peft_model):
+    import torch
+
+    model, tokenizer = small_peft_model
+    rows = [{"prompt": f"質問: {name}\n回答:\n", "chosen": "答えです。"} for name in "あいうえ"]
+    before = measure_before(model, tokenizer, rows, 64)
+    assert set(before) == {"base", "reference"} and len(before["base"]) == 4
+    check_before(model, tokenizer, rows, before, 64)
+    with torch.no_grad():  # what a forgotten merge does: the base's own weights hold the adapter
+        layer = model.get_base_model().transformer.h[0].attn.c_attn.base_layer
+        layer.weight += 0.05
+    with pytest.raises(UserError, match="ベースモデルの対数確率.*前後の比較を止めました"):
+        check_before(model, tokenizer, rows, before, 64)
+
+
+def test_a_leak_that_is_not_a_number_stops_it_too(small_peft_model):
+    model, tokenizer = small_peft_model
+    rows = [{"prompt": "質問: あ\n回答:\n", "chosen": "答えです。"}]
+    before = measure_before(model, tokenizer, rows, 64)
+    with pytest.raises(UserError, match="ずれています"):
+        check_before(model, tokenizer, rows, before | {"reference": [math.nan]}, 64)
+
+
+@pytest.fixture
+def small_peft_model(tiny_models):
+    """The tiny GPT-2 with a random adapter on it, and its tokenizer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_models["gpt2"])
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=True, init_lora_weights=False)
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(tiny_models["gpt2"])

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from dpo_helpers.data.generate import make_prompt
 from dpo_helpers.data.own_rows import load_preferences
+from dpo_helpers.data.prompt import make_prompt
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge import ask_vote
 from dpo_helpers.judge.ask_vote import ask_box, vote_box
 from dpo_helpers.judge.votes import (
     append_line,
     describe_votes,
-    order_stages,
+    order_roles,
     read_votes,
     record_vote,
     win_rate,
@@ -40,16 +40,16 @@ class FakeModel:
 
     def __init__(self, warmed_up: bool = True):
         self.peft_config = {"default": None} | ({"ref": None} if warmed_up else {})
-        self.stage = "policy"
+        self.role = "policy"
 
     @contextmanager
     def disable_adapter(self):
-        self.stage = "base"
+        self.role = "base"
         yield
-        self.stage = "policy"
+        self.role = "policy"
 
     def set_adapter(self, name: str):
-        self.stage = {"ref": "reference", "default": "policy"}[name]
+        self.role = {"ref": "reference", "default": "policy"}[name]
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def asked(monkeypatch):
     calls = []
 
     def generate(model, tokenizer, questions):
-        calls.append((model.stage, questions))
-        return [f"{question}に{model.stage}が答えます。" for question in questions]
+        calls.append((model.role, questions))
+        return [f"{question}に{model.role}が答えます。" for question in questions]
 
     monkeypatch.setattr(inference, "generate_response", generate)
     monkeypatch.setattr(ask_vote, "SHORTEST_LOOK_SECONDS", 0)
@@ -97,7 +97,7 @@ def test_without_a_warm_up_only_the_base_and_the_policy_answer(asked):
 
 
 def test_leaving_the_box_for_the_button_asks_once(asked):
-    box = ask_box(FakeModel(), None, stages=("policy",))
+    box = ask_box(FakeModel(), None, roles=("policy",))
     text, button = box.children[0].children
     type_and_enter(text, "AIとは何ですか？")
     button.click()
@@ -133,7 +133,7 @@ def test_a_vote_writes_one_row_that_is_training_data_and_reveals_who_was_who(ask
     box = vote_box(FakeModel(), None, QUESTIONS[:2], path, seed=0)
     shown, (a, _, _, _), said, result = parts_of_vote(box)
     assert "reference" in shown.value and "教師あり" not in shown.value and "DPO" not in shown.value
-    first, second = order_stages(QUESTIONS[0], ["reference", "policy"], seed=0)
+    first, second = order_roles(QUESTIONS[0], ["reference", "policy"], seed=0)
     assert shown.value.index(f"に{first}が") < shown.value.index(f"に{second}が")
 
     a.click()
@@ -165,7 +165,7 @@ def test_votes_for_b_and_ties_are_told_apart(asked, tmp_path):
     assert [vote["prompt"] for vote in votes] == [make_prompt(QUESTIONS[i]) for i in (0, 1, 3, 2, 4)]
     for vote, choice in zip(votes[:3], (0, 1, 1), strict=True):
         question = next(question for question in QUESTIONS if make_prompt(question) == vote["prompt"])
-        assert vote["winner"] == order_stages(question, ["reference", "policy"], seed=0)[choice]
+        assert vote["winner"] == order_roles(question, ["reference", "policy"], seed=0)[choice]
     assert [vote["winner"] for vote in votes[3:]] == ["tie", "tie"] and "chosen" not in votes[3]
     assert len(load_preferences(path)) == 3
     assert "引き分け 2、学習に使える行 3" in result.value and "もうありません" in shown.value
@@ -183,7 +183,7 @@ def test_a_rerun_goes_on_after_the_votes_there_and_without_equal_answers(asked, 
         inference,
         "generate_response",
         lambda model, _, questions: [
-            "同じ回答です。" if question == QUESTIONS[2] else f"{question}に{model.stage}が答えます。"
+            "同じ回答です。" if question == QUESTIONS[2] else f"{question}に{model.role}が答えます。"
             for question in questions
         ],
     )
@@ -202,7 +202,7 @@ def test_one_key_votes_and_other_keys_do_not(asked, tmp_path):
         type_and_enter(key, typed)
         assert key.value == ""
     winners = [vote["winner"] for vote in read_votes(path)]
-    orders = [order_stages(question, ["reference", "policy"], seed=0) for question in QUESTIONS[:3]]
+    orders = [order_roles(question, ["reference", "policy"], seed=0) for question in QUESTIONS[:3]]
     assert winners == [orders[0][0], orders[1][1], orders[2][0], "tie"]
 
 
@@ -279,10 +279,10 @@ def test_a_line_that_is_no_vote_is_named(tmp_path):
 
 def test_the_order_is_fair_and_the_same_again():
     stages = ["reference", "policy"]
-    orders = [order_stages(f"質問{i}", stages, seed=1) for i in range(1000)]
-    assert orders == [order_stages(f"質問{i}", stages, seed=1) for i in range(1000)]
+    orders = [order_roles(f"質問{i}", stages, seed=1) for i in range(1000)]
+    assert orders == [order_roles(f"質問{i}", stages, seed=1) for i in range(1000)]
     assert 450 < sum(order[0] == "policy" for order in orders) < 550
-    assert orders != [order_stages(f"質問{i}", stages, seed=2) for i in range(1000)]
+    assert orders != [order_roles(f"質問{i}", stages, seed=2) for i in range(1000)]
 
 
 def test_the_win_rate_has_the_wilson_interval():

@@ -1,7 +1,18 @@
+"""Answers of a model: batches, limits, sampling, and the roles in which one PeftModel answers."""
+
+from contextlib import contextmanager
+
 import pytest
 
 from dpo_helpers.data.tokens import encode_prompts
-from dpo_helpers.model.answer import find_stop_tokens, generate_response
+from dpo_helpers.model.answer import (
+    answer_roles,
+    evaluating,
+    find_stop_tokens,
+    generate_response,
+    tabulate_answers,
+    use_role,
+)
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor "
@@ -72,18 +83,76 @@ def test_sampling_goes_by_its_seed_and_leaves_the_callers_random_state_alone(emb
 
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = generate_response(*embedded, QUESTIONS, temperature=1.5, seed=1)
+    first = generate_response(*embedded, QUESTIONS, sample_seed=0)
     assert torch.equal(before, torch.get_rng_state())
-    assert first == generate_response(*embedded, QUESTIONS, temperature=1.5, seed=1)
-    assert first != generate_response(*embedded, QUESTIONS, temperature=1.5, seed=2)
+    assert first == generate_response(*embedded, QUESTIONS, sample_seed=0)
+    assert first not in (
+        generate_response(*embedded, QUESTIONS, sample_seed=1),
+        generate_response(*embedded, QUESTIONS),
+    )
 
 
-def test_a_model_in_training_goes_on_in_training(embedded):
-    model, tokenizer = embedded
+def test_a_model_goes_back_into_the_mode_in_which_it_was(embedded):
+    import torch
+
+    model, _ = embedded
+    for mode in (True, False):
+        model.train(mode)
+        with evaluating(model):
+            assert not model.training and not torch.is_grad_enabled()
+        assert model.training == mode and torch.is_grad_enabled()
     model.train()
-    generate_response(model, tokenizer, QUESTIONS[0], max_new_tokens=2)
+    with pytest.raises(ValueError, match="in the middle"), evaluating(model):
+        raise ValueError("in the middle")
     assert model.training
     model.eval()
+
+
+class Adapted:
+    """Switches roles like a PeftModel, and notes who answers; without a warm-up it has no adapter `ref`."""
+
+    def __init__(self, *adapters):
+        self.peft_config, self.answers_as = dict.fromkeys(adapters), "default"
+
+    def set_adapter(self, name):
+        self.answers_as = name
+
+    @contextmanager
+    def disable_adapter(self):
+        before, self.answers_as = self.answers_as, None
+        yield
+        self.answers_as = before
+
+
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [
+        (("default", "ref"), {"base": None, "reference": "ref", "policy": "default"}),
+        (("default",), {"base": None, "reference": None, "policy": "default"}),
+    ],
+)
+def test_a_role_is_taken_for_a_while(adapters, expected):
+    model, found = Adapted(*adapters), {}
+    for role in expected:
+        with use_role(model, role):
+            found[role] = model.answers_as
+        assert model.answers_as == "default"
+    assert found == expected
+
+
+def test_each_role_answers_and_a_reference_without_a_warm_up_is_left_out(monkeypatch):
+    def answer(model, tokenizer, questions):
+        return [f"{model.answers_as}: {question}" for question in questions]
+
+    monkeypatch.setattr("dpo_helpers.model.answer.generate_response", answer)
+    assert answer_roles(Adapted("default", "ref"), None, ["A", "B"]) == [
+        {"base": "None: A", "reference": "ref: A", "policy": "default: A"},
+        {"base": "None: B", "reference": "ref: B", "policy": "default: B"},
+    ]
+    row = {"prompt": "質問: A\n回答:\n", "chosen": "手本"}
+    assert tabulate_answers(Adapted("default"), None, [row]) == [
+        {"質問": "A", "① ベースモデル": "None: A", "③ DPO の後": "default: A", "良い回答": "手本"}
+    ]
 
 
 def test_the_models_own_stop_tokens_end_an_answer_too(embedded):

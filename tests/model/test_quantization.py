@@ -47,7 +47,7 @@ def test_without_4bit_nothing_is_asked_of_the_machine():
     assert quantization.make_quantization(RunConfig(), None) is None
 
 
-@pytest.mark.parametrize("machine", [None, make_machine("cpu", None), make_machine("mps", None)])
+@pytest.mark.parametrize("machine", [None, make_machine("cpu", None)])
 def test_4bit_without_cuda_is_refused_before_anything_is_downloaded(machine):
     with pytest.raises(UserError, match="NVIDIA の GPU"):
         load_base_model(FOUR_BIT, machine)

@@ -3,6 +3,7 @@ and log-probs.
 """
 
 import pytest
+from tiny_run import train
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.generate import generate_preferences, split_rows
@@ -105,8 +106,6 @@ def make_model(tmp_path_factory, trained):
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_comes_back_as_it_was_trained(kind, make_model, rows, start_run, tmp_path):
-    from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo, train_sft
-
     _, layers, chat, pad, sft_epochs = ARCHITECTURES[kind]
     config = RunConfig(
         model_name=str(make_model(kind, chat, pad)),
@@ -118,8 +117,7 @@ def test_every_architecture_comes_back_as_it_was_trained(kind, make_model, rows,
     )
     train_rows, held_out_rows = rows[:8], split_rows(rows, 0.2, 42)[1][:2]
     run = start_run(config, train_rows, held_out_rows)
-    warmed_up = train_sft(run)
-    trainer = train_dpo(run, build_dpo_trainer(run, warmed_up), warmed_up)
+    trainer = train(run)
     assert trainer.state.global_step == 2
     adapted = [name for name, _ in trainer.model.named_modules() if name.endswith("lora_A.default")]
     assert len(adapted) == 2 * layers
@@ -183,10 +181,10 @@ def test_a_tokenizer_that_loses_the_text_is_refused(make_model):
     """Transformers gives a Qwen2 folder Qwen2's own class, which reads a tokenizer of another kind wrongly
     without a word.
     """
-    from dpo_helpers.model.load import _train_tokenizer
+    from dpo_helpers.model.embedded import _train_tokenizer
 
     folder = make_model("qwen2")
-    _train_tokenizer(["質問と回答の文です。"] * 3, 50).save_pretrained(folder)
+    _train_tokenizer(["質問と回答の文です。"] * 3, {"vocabulary": 50}).save_pretrained(folder)
     with pytest.raises(UserError, match="日本語を表せません"):
         load_tokenizer(str(folder))
 

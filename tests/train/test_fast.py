@@ -5,10 +5,11 @@ version range.
 import math
 
 import pytest
+from tiny_run import build as build_trainer
+from tiny_run import train_on, warm_up
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.machine import choose_micro_batch
-from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo, train_sft
 
 pytestmark = pytest.mark.versions
 
@@ -35,14 +36,17 @@ def make_config(model, **changes):
 
 @pytest.fixture
 def build(start_run, tmp_path):
-    """A function that returns the trainers "fast" and "stock" of one configuration, on the same rows."""
+    """A function that returns the trainers "fast" and "stock" of one configuration, on the same rows.
+
+    Each comes with what it was built from: (trainer, run, folder of the warm-up).
+    """
 
     def make(config, train_rows, held_out_rows):
         trainers = {}
         for name in ("fast", "stock"):
             run = start_run(config.replace({"trainer": name}), train_rows, held_out_rows, tmp_path / name)
-            warmed_up = train_sft(run)
-            trainers[name] = build_dpo_trainer(run, warmed_up), run, warmed_up
+            warmed_up = warm_up(run)
+            trainers[name] = build_trainer(run, warmed_up), run, warmed_up
         return trainers
 
     return make
@@ -137,9 +141,42 @@ def test_the_loss_worked_by_hand(tiny_models, rows, build, monkeypatch):
     )
 
 
+def test_the_sum_with_the_sft_loss_worked_by_hand(tiny_models, rows, build, monkeypatch):
+    import torch
+
+    config = make_config(tiny_models["gpt2"], beta=0.5, loss_type="sigmoid+sft")
+    trainer = build(config, rows[:4], rows[4:8])["fast"][0]
+    policy, reference = torch.tensor([[-2.0, -5.0], [-6.0, -4.0]]), torch.tensor([[-3.0, -3.0], [-5.0, -5.0]])
+    monkeypatch.setattr(
+        trainer, "_score", lambda model, inputs, sums: sums.append(torch.ones(2, 4)) or policy
+    )
+    monkeypatch.setattr(trainer, "_score_reference", lambda inputs: reference)
+    answers = torch.zeros(4, 9)
+    answers[0, 3:5] = answers[1, 2:7] = 1  # the chosen answers have two and five tokens
+    loss = trainer.compute_loss(
+        trainer.model, {"attention_mask": torch.ones(4, 9), "completion_mask": answers}
+    )
+    preference = (math.log1p(math.exp(-1)) + math.log1p(math.exp(1.5))) / 2
+    sft = (2 / 2 + 5 / 5) / 2
+    assert loss.item() == pytest.approx(preference + sft)
+    measured = trainer.measured[trainer.model.training]
+    assert measured["loss"] == [pytest.approx(preference)] and measured["sft_loss"] == [pytest.approx(sft)]
+
+
+def test_the_sum_of_one_pair_and_its_gradient_are_those_of_trl(tiny_models, rows, build):
+    trainers = build(make_config(tiny_models["gpt2"], loss_type="sigmoid+sft"), rows[:16], rows[16:24])
+    results = []
+    for trainer, _, _ in trainers.values():
+        scramble_adapter(trainer.model)
+        results.append(loss_and_gradient(trainer, [3]))
+    (fast, fast_gradient), (stock, stock_gradient) = results
+    assert trainers["fast"][0].is_exact and fast == pytest.approx(stock, abs=1e-4) and fast > 2
+    assert (fast_gradient - stock_gradient).norm() < 1e-4 * stock_gradient.norm()
+
+
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
 @pytest.mark.parametrize("sft_epochs", [0, 1])
-@pytest.mark.parametrize("max_length", [128, 36])
+@pytest.mark.parametrize("max_length", [128, 24])
 def test_losses_and_gradients_are_those_of_trl(tiny_models, rows, build, layout, sft_epochs, max_length):
     trainers = build(
         make_config(tiny_models[layout], sft_epochs=sft_epochs, max_length=max_length), rows[:16], rows[16:24]
@@ -148,7 +185,7 @@ def test_losses_and_gradients_are_those_of_trl(tiny_models, rows, build, layout,
     for trainer, _, _ in trainers.values():
         lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in trainer.train_dataset]
         assert min(lengths) < max(lengths) and (max(lengths) > max_length) == (
-            max_length == 36
+            max_length == 24
         )  # padding, and rows that are cut
         scramble_adapter(trainer.model)
         results.append(loss_and_gradient(trainer, range(8)))
@@ -168,7 +205,7 @@ def test_a_whole_run_logs_the_names_and_values_of_trl(tiny_models, rows, build, 
         tiny_models["gpt2"], sft_epochs=sft_epochs, num_train_epochs=2, checkpoint_steps=4, max_length=64
     )
     for name, (trainer, run, warmed_up) in build(config, rows[:32], rows[32:48]).items():
-        logs[name] = train_dpo(run, trainer, warmed_up).state.log_history
+        logs[name] = train_on(run, trainer, warmed_up).state.log_history
     times = {
         "train_runtime",
         "train_samples_per_second",
@@ -200,7 +237,7 @@ def test_the_references_of_an_evaluation_are_computed_once(tiny_models, rows, bu
         "_score_reference",
         lambda self, inputs: calls.append(len(inputs["input_ids"])) or original(self, inputs),
     )
-    train_dpo(run, trainer)
+    train_on(run, trainer)
     assert (
         calls == [16, 16] + [8] * 4
     )  # two batches of 8 held-out pairs for three evaluations, and four steps of 4 pairs
@@ -254,17 +291,18 @@ def test_a_model_that_ignores_the_mask_takes_the_stock_path(
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", forward)
     run = start_run(make_config(tiny_models["gpt2"]), rows[:8], rows[8:16])
-    trainer = build_dpo_trainer(run)
+    trainer = build_trainer(run)
     assert not trainer.is_exact and "標準の計算で学習します" in capsys.readouterr().out
-    assert train_dpo(run, trainer).state.log_history[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert train_on(run, trainer).state.log_history[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_another_loss_and_the_knob_take_trls_own_trainer(tiny_models, rows, start_run, tmp_path, capsys):
     from trl import DPOTrainer
 
     for i, changes in enumerate(({"loss_type": "ipo"}, {"trainer": "stock"})):
-        run = start_run(make_config(tiny_models["gpt2"], **changes), rows[:8], rows[8:16], tmp_path / str(i))
-        assert type(build_dpo_trainer(run)) is DPOTrainer
+        config = make_config(tiny_models["gpt2"], **changes)
+        run = start_run(config, rows[:8], rows[8:16], tmp_path / str(i))
+        assert type(build_trainer(run)) is DPOTrainer
         assert ("ipo は TRL の標準" in capsys.readouterr().out) == (i == 0)
 
 

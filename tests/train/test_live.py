@@ -1,18 +1,15 @@
-"""The view of a training that runs: one display, a budget of time, and a training that nothing of it can
-stop.
-"""
+"""The view of a training that runs: one display, seldom redrawn, and a training that it cannot stop."""
 
 import gc
 import math
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from tiny_run import build, make_config
 
-from dpo_helpers.config import RunConfig
-from dpo_helpers.train.live_display import LiveDisplay, format_seconds
-from dpo_helpers.train.live_svg import draw_html, find_ticks
-from dpo_helpers.train.trainers import build_dpo_trainer
+from dpo_helpers.train.live import LiveView, draw_html, find_ticks
 
 
 class Clock:
@@ -67,155 +64,136 @@ def make_log(steps):
     ]
 
 
-def train(shown, clock, steps, seconds_per_step, log=None):
-    log = make_log(3) if log is None else log
-    shown.begin(0, steps, log)
-    for step in range(1, steps + 1):
-        clock.now += seconds_per_step
-        shown.update(step, log)
-    shown.finish()
+class Watched:
+    """A view and the trainer's state that it is told of; `step` lets seconds pass and then takes a step."""
+
+    def __init__(self, stage="dpo", display=None, clock=None, log=None, steps=60):
+        self.clock = clock or Clock()
+        self.view = LiveView(stage, 4, "cpu", display, self.clock)
+        log = make_log(3) if log is None else log
+        self.state = SimpleNamespace(global_step=0, max_steps=steps, log_history=log)
+
+    def begin(self, step=0):
+        self.state.global_step = step
+        self.view.on_train_begin(SimpleNamespace(beta=0.1), self.state, None)
+        return self
+
+    def step(self, seconds, count=1):
+        self.clock.now += seconds
+        self.state.global_step += count
+        self.view.on_step_end(None, self.state, None)
+
+    def run(self, seconds_per_step):
+        self.begin()
+        while self.state.global_step < self.state.max_steps:
+            self.step(seconds_per_step)
+        self.view.on_train_end(None, self.state, None)
+        return self
 
 
 def test_one_display_is_updated_in_place():
-    clock = Clock()
-    display = Display(clock)
-    shown = LiveDisplay("dpo", 4, "cpu", display, clock)
-    log = []
-    shown.begin(0, 10, log, beta=0.1)
+    display = Display()
+    watched = Watched(display=display, clock=display.clock, log=[], steps=10).begin()
     for entry in make_log(5):
-        log.append(entry)
-        clock.now += 5
-        shown.update(entry["step"], log)
-    shown.finish()
+        watched.state.log_history.append(entry)
+        watched.step(5, count=int("loss" in entry))
+    watched.view.finish()
     assert display.opened == 1
     assert len(display.shown) == 12 and len({data["text/html"] for data in display.shown}) == 12
     for data in display.shown:
         ElementTree.fromstring(data["text/html"])
 
 
-@pytest.mark.parametrize("cost", [0.002, 0.05, 0.2, 0.4, 0.7])
-@pytest.mark.parametrize("seconds", [1, 12, 100, 299, 301, 900, 7200])
-def test_drawing_stays_within_its_budget(cost, seconds):
-    clock = Clock()
-    display = Display(clock, cost)
-    train(LiveDisplay("dpo", 4, "cpu", display, clock), clock, seconds * 2, 0.5)
-    took, spent = clock.now - 1000.0, cost * len(display.times)
-    assert spent <= (1.5 if took < 300 else 0.02 * took)
-    assert all(
-        later - earlier >= 2 for earlier, later in zip(display.times, display.times[1:-1], strict=False)
-    )
-    assert (
-        f"{seconds * 2} / {seconds * 2}" in display.shown[-1]["text/plain"]
-    )  # the end is shown, whatever was spent
-
-
-def test_a_cheap_drawing_comes_every_two_seconds():
-    clock = Clock()
-    display = Display(clock, 0.002)
-    train(LiveDisplay("dpo", 4, "cpu", display, clock), clock, 200, 0.5)
-    assert len(display.times) == pytest.approx(100 / 2, abs=12)
+def test_two_drawings_are_at_least_two_seconds_apart_and_the_end_is_always_shown():
+    display = Display(cost=0.2)
+    Watched(display=display, clock=display.clock, steps=200).run(0.5)
+    gaps = [later - earlier for earlier, later in zip(display.times, display.times[1:-1], strict=False)]
+    assert min(gaps) >= 2 and len(display.times) == pytest.approx(100 / 2, abs=12)
+    assert "200 / 200" in display.shown[-1]["text/plain"]
 
 
 def test_five_thousand_updates_leave_no_memory_behind():
     import psutil
 
-    clock = Clock()
-    display = Display(clock, keep=False)
-    shown = LiveDisplay("dpo", 4, "cpu", display, clock)
-    log = make_log(3)
-    shown.begin(0, 10_000, log)
+    display = Display(keep=False)
+    watched = Watched(display=display, clock=display.clock, steps=10_000).begin()
 
     def update(count):
         for _ in range(count):
-            clock.now += 3
-            shown.update(shown.step + 1, log)
+            watched.step(3)
         gc.collect()
         return sys.getallocatedblocks(), psutil.Process().memory_info().rss
 
     blocks, resident = update(500)
     later_blocks, later_resident = update(5000)
-    assert shown.step == 5500 and "5500" in display.shown[0]["text/plain"]
+    assert watched.state.global_step == 5500 and "5500" in display.shown[0]["text/plain"]
     assert later_blocks - blocks < 1000 and later_resident - resident < 3_000_000
 
 
 def test_a_resumed_training_shows_its_curve_at_once():
-    clock = Clock()
-    display = Display(clock)
-    LiveDisplay("dpo", 4, "cpu", display, clock).begin(25, 100, make_log(25))
+    display = Display()
+    Watched(display=display, clock=display.clock, log=make_log(25), steps=100).begin(25)
     [data] = display.shown
     assert "ステップ 25 / 100" in data["text/plain"] and "損失 0.450" in data["text/plain"]
     assert data["text/html"].count("L") > 25
 
 
 def test_the_line_of_text_tells_step_speed_time_left_and_losses(monkeypatch):
-    monkeypatch.setattr("dpo_helpers.train.live_display.measure_peak_memory", lambda device: 3_200_000_000)
-    clock = Clock()
-    shown = LiveDisplay("dpo", 4, "cpu", Display(clock), clock)
-    shown.begin(50, 250, make_log(1))
-    clock.now += 60  # the warm-up of the first step does not count
-    shown.update(51, make_log(1))
-    clock.now += 50
-    shown.update(76, make_log(1), "評価中")
-    assert shown.describe() == (
-        "DPO：ステップ 76 / 250　0.50 ステップ/秒（2.00 組/秒）　残り約 5 分 48 秒　メモリー（最大）3.2 GB　"
+    monkeypatch.setattr("dpo_helpers.train.live.measure_peak_memory", lambda device: 3_200_000_000)
+    display = Display()
+    watched = Watched(display=display, clock=display.clock, log=make_log(1), steps=250).begin(50)
+    watched.step(60)  # the warm-up of the first step does not count
+    watched.step(50, count=25)
+    watched.view.on_prediction_step(None, watched.state, None)
+    assert watched.view.describe() == (
+        "DPO：ステップ 76 / 250　0.50 ステップ/秒（2.00 ペア/秒）　残り約 5 分 48 秒　メモリ（最大）3.2 GB　"
         "損失 0.690　評価用の損失 0.690　評価中"
     )
-    assert [format_seconds(seconds) for seconds in (0.4, 59.6, 3600)] == ["0 秒", "1 分 0 秒", "1 時間 0 分"]
 
 
 def test_without_a_display_lines_of_text_come_at_most_every_ten_seconds(capsys):
-    clock = Clock()
-    shown = LiveDisplay("sft", 4, "cpu", clock=clock)
-    assert shown.display is None
-    log = []
-    shown.begin(0, 60, log)
+    watched = Watched("sft", log=[]).begin()
+    assert watched.view.display is None
     for step in range(1, 61):
-        clock.now += 1
-        log += [{"step": step, "loss": 2.0}] if step % 5 == 0 else []
-        shown.update(step, log)
-    shown.finish()
+        if step % 5 == 0:
+            watched.state.log_history.append({"step": step, "loss": 2.0})
+        watched.step(1)
+    watched.view.finish()
     lines = capsys.readouterr().out.splitlines()
     steps = [int(line.split("ステップ ")[1].split(" ")[0]) for line in lines]
     assert steps == [0, 10, 20, 30, 40, 50, 60, 60]
-    assert (
-        all(line.startswith("教師あり学習：") for line in lines) and "終わりました（1 分 0 秒）" in lines[-1]
-    )
+    assert all(line.startswith("教師あり学習：") for line in lines)
+    assert "終わりました（1 分 0 秒）" in lines[-1]
 
 
 def test_a_drawing_that_fails_is_told_once_and_text_takes_over(capsys):
-    clock = Clock()
-
     class Broken(Display):
         def update(self, data, raw):
             raise ValueError("想定外")
 
-    shown = LiveDisplay("dpo", 4, "cpu", Broken(clock), clock)
-    train(shown, clock, 60, 1.0)
+    Watched(display=Broken()).run(1.0)
     lines = capsys.readouterr().out.splitlines()
-    assert [("ValueError: 想定外" in line, "学習は続けます" in line) for line in lines] == [(True, True)] + [
-        (False, False)
-    ] * (len(lines) - 1)
-    assert "test_live_view.py の" in lines[0] and "60 / 60" in lines[-1]
+    warned = [("ValueError: 想定外" in line, "学習は続けます" in line) for line in lines]
+    assert warned == [(True, True)] + [(False, False)] * (len(lines) - 1)
+    assert len(lines) > 1 and "60 / 60" in lines[-1]
 
 
 def test_where_the_text_fails_too_the_view_ends_in_silence(capsys, monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(LiveDisplay, "describe", lambda self: 1 / 0)
-    train(LiveDisplay("dpo", 4, "cpu", Display(clock), clock), clock, 60, 1.0)
+    monkeypatch.setattr(LiveView, "describe", lambda self: 1 / 0)
+    Watched(display=Display()).run(1.0)
     [line] = capsys.readouterr().out.splitlines()
     assert "ZeroDivisionError" in line
 
 
 def test_a_training_that_is_cut_short_says_so_and_a_second_end_does_nothing():
-    clock = Clock()
-    display = Display(clock)
-    shown = LiveDisplay("dpo", 4, "cpu", display, clock)
-    shown.finish()  # it never began
-    shown.begin(0, 60, [])
-    shown.update(5, [])
-    shown.finish()
-    shown.finish()
-    shown.update(6, [])
+    display = Display()
+    watched = Watched(display=display, clock=display.clock, log=[])
+    watched.view.finish()  # it never began
+    watched.begin()
+    watched.step(0, count=5)
+    watched.view.finish()
+    watched.view.finish()
+    watched.step(9)
     assert len(display.shown) == 2 and "途中で止まりました" in display.shown[-1]["text/plain"]
 
 
@@ -259,26 +237,10 @@ def test_ticks_are_round_numbers():
 
 
 def make_trainer(tiny_models, rows, start_run):
-    config = RunConfig(
-        model_name=str(tiny_models["gpt2"]),
-        learning_rate=1e-3,
-        lora_rank=4,
-        lora_scale=4.0,
-        sft_epochs=0,
-        logging_steps=1,
-        checkpoint_steps=4,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-    )
-    trainer = build_dpo_trainer(start_run(config, rows[:32], rows[32:40]))
+    config = make_config(tiny_models, sft_epochs=0, logging_steps=1, checkpoint_steps=4)
+    trainer = build(start_run(config, rows[:32], rows[32:40]))
     trainer.args.save_strategy = "no"
     return trainer
-
-
-def add_view(trainer, stage, display, **options):
-    from dpo_helpers.train.live_view import LiveView
-
-    trainer.add_callback(LiveView(stage, 4, "cpu", display, **options))
 
 
 @pytest.mark.versions
@@ -286,7 +248,7 @@ def test_a_real_training_is_shown_to_its_end_and_a_later_evaluation_is_not(
     tiny_models, rows, start_run, capsys
 ):
     trainer, display = make_trainer(tiny_models, rows, start_run), Display()
-    add_view(trainer, "dpo", display)
+    trainer.add_callback(LiveView("dpo", 4, "cpu", display))
     trainer.train()
     shown = len(display.shown)
     trainer.evaluate()
@@ -311,7 +273,7 @@ def test_a_real_training_goes_on_to_the_same_weights_where_the_view_is_broken(
     losses = []
     for display in (Display(), Broken()):
         trainer = make_trainer(tiny_models, rows, start_run)
-        add_view(trainer, "dpo", display)
+        trainer.add_callback(LiveView("dpo", 4, "cpu", display))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 8

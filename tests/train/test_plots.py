@@ -4,8 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dpo_helpers.train.curves import make_panels, read_curve
-from dpo_helpers.train.plots import plot_training
+from dpo_helpers.train.plots import make_panels, plot_training, read_curve
 
 
 def make_log(losses):

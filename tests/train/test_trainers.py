@@ -3,13 +3,12 @@
 import math
 
 import pytest
-
-from tiny_run import build, train_on, warm_up
-from tiny_run import train as train_both
+from tiny_run import build, losses, train, train_on, warm_up
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.tokens import format_row
-from dpo_helpers.judge.monitoring import summarize_training
+from dpo_helpers.errors import UserError
+from dpo_helpers.judge.history import summarize_training
 from dpo_helpers.judge.scores import score_rows, summarize_scores
 from dpo_helpers.model.answer import use_role
 from dpo_helpers.model.load import load_base_model
@@ -36,10 +35,10 @@ def make_config(model, **changes):
 
 @pytest.fixture
 def run(start_run, tmp_path):
-    def train(config, rows, folder=tmp_path / "run", count=32):
-        return train_both(start_run(config, rows[:count], rows[count : count + 16], folder))
+    def start_and_train(config, rows, folder=tmp_path / "run", count=32):
+        return train(start_run(config, rows[:count], rows[count : count + 16], folder))
 
-    return train
+    return start_and_train
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
@@ -62,7 +61,7 @@ def test_the_first_loss_is_ln_2_and_the_loss_falls(tiny_models, rows, run, layou
 
 @pytest.mark.parametrize("sft_epochs", [0, 1])
 def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, run, tmp_path, sft_epochs):
-    losses = {}
+    found = {}
     for batch, accumulation in ((4, 1), (1, 4)):
         config = make_config(
             tiny_models["gpt2"],
@@ -70,16 +69,15 @@ def test_four_by_one_and_one_by_four_give_the_same_losses(tiny_models, rows, run
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
-        log = run(config, rows, tmp_path / f"{batch}").state.log_history
-        losses[batch] = [entry["loss"] for entry in log if "loss" in entry]
-    assert len(losses[4]) == 8 and losses[4] == pytest.approx(losses[1], abs=1e-4)
+        found[batch] = losses(run(config, rows, tmp_path / f"{batch}").state.log_history)
+    assert len(found[4]) == 8 and found[4] == pytest.approx(found[1], abs=1e-4)
 
 
 def test_the_warm_up_teaches_the_chosen_answers_and_dpo_starts_from_it(tiny_models, rows, start_run):
     run = start_run(make_config(tiny_models["gpt2"], sft_epochs=3), rows[:64], rows[64:72])
     warmed_up = warm_up(run)
-    losses = [entry["loss"] for entry in run.progress.sft_log if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.3
+    curve = losses(run.progress.sft_log)
+    assert curve[-1] < curve[0] - 0.3
     trainer = build(run, warmed_up)
     model = trainer.model
     before = {name: p.clone() for name, p in model.named_parameters() if ".ref." in name}
@@ -124,16 +122,16 @@ def test_our_token_ids_are_those_that_trl_prepares(tiny_models, rows, start_run,
                 assert prompt == prepared["prompt_ids"]
 
 
-def test_the_stages_answer_as_base_reference_and_policy(tiny_models, rows, run):
+def test_the_roles_answer_as_base_reference_and_policy(tiny_models, rows, run):
     trainer = run(make_config(tiny_models["gpt2"], sft_epochs=1), rows)
     base, _ = load_base_model(make_config(tiny_models["gpt2"]))
     import torch
 
     ids = torch.tensor([[1, 2, 3]])
     outputs = {}
-    for stage in ("base", "reference", "policy"):
-        with use_role(trainer.model, stage), torch.no_grad():
-            outputs[stage] = trainer.model(ids).logits
+    for role in ("base", "reference", "policy"):
+        with use_role(trainer.model, role), torch.no_grad():
+            outputs[role] = trainer.model(ids).logits
     assert torch.allclose(outputs["base"], base(ids).logits, atol=1e-5)
     assert not torch.allclose(outputs["base"], outputs["reference"], atol=1e-3)
     assert not torch.allclose(outputs["reference"], outputs["policy"], atol=1e-3)
@@ -145,15 +143,26 @@ def test_cells_run_twice_train_once(tiny_models, rows, start_run, capsys):
     run = start_run(make_config(tiny_models["gpt2"], sft_epochs=1), rows[:8], rows[8:16])
     warmed_up = warm_up(run)
     trainer = train_on(run, build(run, warmed_up), warmed_up)
-    before, steps = (
-        {name: p.clone() for name, p in trainer.model.named_parameters()},
-        dict(run.progress.steps_executed),
-    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     assert train_on(run, trainer, warmed_up) is trainer
     assert "終わっています" in capsys.readouterr().out
-    again = train_on(run, build(run, warm_up(run)), warmed_up)
-    assert run.progress.steps_executed == steps == {"sft": 2, "dpo": 2}
+    again = train(run)
+    assert run.progress.steps_executed == {"sft": 2, "dpo": 2}
     assert all(value.equal(again.model.get_parameter(name)) for name, value in before.items())
+
+
+def test_sharded_weights_are_refused_with_the_way_to_go(tiny_models, rows, start_run, monkeypatch):
+    from trl import DPOTrainer
+
+    make = DPOTrainer.__init__
+
+    def shard(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self.is_fsdp_enabled = True  # as under `accelerate launch --use_fsdp`
+
+    monkeypatch.setattr(DPOTrainer, "__init__", shard)
+    with pytest.raises(UserError, match=r"FSDP.*対応していません.*accelerate launch --multi_gpu"):
+        build(start_run(make_config(tiny_models["gpt2"]), rows[:8], rows[8:16]))
 
 
 def test_a_chat_template_gets_messages_and_plain_text_stays_plain(rows):
