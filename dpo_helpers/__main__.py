@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped, UserError
+from dpo_helpers.files import explain_error
 from dpo_helpers.setup.doctor import run_doctor
 
 
@@ -18,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0 done, 1 rows or settings that failed, 2 a problem that the user can solve (told
     on standard error), 3 stopped by NaN, 130 stopped by Ctrl-C; doctor has its own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's is not a terminal's
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ascii ends no training
     arguments = make_parser().parse_args(argv)
     follows = int(os.environ.get("RANK", "0")) > 0  # one of several processes: the first one does the talking
     if follows:
@@ -37,6 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         if not follows:
             print(f"⚠️ {error}", file=sys.stderr)
         return {"nan": 3, "interrupted": 130}[error.reason] if isinstance(error, TrainingStopped) else 2
+    except KeyboardInterrupt:
+        print("⚠️ 中断しました。もう一度同じように実行すると、続きから始まります。", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (text := explain_error(error)) is None:
+            raise
+        print(f"⚠️ {text}", file=sys.stderr)
+        return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -160,8 +172,8 @@ def train(
     from dpo_helpers.judge.measure import BEFORE_ROWS, evaluate_run
     from dpo_helpers.judge.scores import measure_before
     from dpo_helpers.judge.verdict import describe_verdict, judge
+    from dpo_helpers.keep.result import make_zip
     from dpo_helpers.keep.run import open_shared_run
-    from dpo_helpers.keep.storage import make_zip
     from dpo_helpers.machine import Stopwatch, describe_machine, find_machine
     from dpo_helpers.model.load import load_tokenizer
     from dpo_helpers.train.stages import build_metrics, save_result, train_dpo, train_sft
@@ -175,11 +187,11 @@ def train(
     try:
         # the first process makes or downloads the model
         with clock("setup"), PartialState().main_process_first():
-            tokenizer = load_tokenizer(config.model_name)
+            tokenizer = load_tokenizer(str(run.base or config.model_name))
         with clock("data"), PartialState().main_process_first():
             rows = collect_rows(config, tokenizer, data, on_error, run.folder, parse_columns(column))
             train_rows, held_out_rows = split_rows(rows, config.held_out_fraction, config.seed)
-            run.check_rows(train_rows, held_out_rows)
+            run.check_rows(train_rows, held_out_rows, generated=not data)
             print(f"学習用 {len(train_rows)} 行、評価用 {len(held_out_rows)} 行")
         if (metrics := run.read_finished()) is None:
             warmed_up = train_sft(run, config, machine, train_rows)
@@ -232,7 +244,7 @@ def run_judge(arguments) -> int:
     from dpo_helpers.files import read_json, read_rows
     from dpo_helpers.judge.measure import evaluate_run
     from dpo_helpers.judge.verdict import describe_verdict, judge
-    from dpo_helpers.keep.storage import load_run
+    from dpo_helpers.keep.result import load_run
 
     folder = Path(arguments.run_dir)
     metrics = read_json(folder / "metrics.json", "学習の記録")

@@ -96,10 +96,10 @@ def colab(tmp_path, monkeypatch):
     """A kernel of Colab: google.colab is imported, Drive is not yet mounted, the working folder is empty."""
     from fake_colab import FakeColab
 
-    from dpo_helpers.keep import storage
+    from dpo_helpers import colab as colab_module
 
     fake = FakeColab(tmp_path / "colab", monkeypatch)
-    monkeypatch.setattr(storage, "DRIVE_ROOT", fake.mount_point)
+    monkeypatch.setattr(colab_module, "DRIVE_ROOT", fake.mount_point)
     (tmp_path / "content").mkdir()
     monkeypatch.chdir(tmp_path / "content")
     return fake
@@ -120,7 +120,7 @@ def start_run(tmp_path):
         run = open_run(config, folder, find_machine("cpu"), **options)
         opened.append(run)
         run.check_rows(train_rows, held_out_rows)
-        run.config, run.rows = config, (train_rows, held_out_rows)
+        run.rows = train_rows, held_out_rows
         return run
 
     yield start
@@ -138,7 +138,7 @@ def undisturbed(tiny_models, rows, tmp_path_factory):
 
     config = make_config(tiny_models, logging_steps=1)
     run = open_run(config, tmp_path_factory.mktemp("undisturbed") / "run", find_machine("cpu"))
-    run.config, run.rows = config, (rows[:32], rows[32:40])
+    run.rows = rows[:32], rows[32:40]
     run.check_rows(*run.rows)
     trainer = train(run)
     save(run, trainer)
@@ -163,3 +163,23 @@ def finished_run(tmp_path_factory):
         checkpoint_steps=10,
     )
     return folder, train(config, folder, device="cpu")
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """A function that makes the training of one stage die in the middle of a step."""
+    from tiny_run import Killed
+    from transformers import Trainer
+
+    def arm(stage, step):
+        original = Trainer.training_step
+
+        def training_step(self, *arguments, **options):
+            if self.args.output_dir.endswith(stage) and self.state.global_step == step:
+                monkeypatch.setattr(Trainer, "training_step", original)
+                raise Killed
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(Trainer, "training_step", training_step)
+
+    return arm

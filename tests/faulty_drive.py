@@ -1,16 +1,16 @@
-"""A folder that stands for Google Drive and fails as told, for the tests of the mirror and of whole
-trainings.
-"""
+"""A folder that stands for Google Drive, or for this machine's disk, and fails as told."""
 
 import builtins
 import errno
+import io
 import os
 import threading
+import time
 from pathlib import Path
 
-from dpo_helpers import files
-from dpo_helpers.keep.mirror import find_valid_slots
+from dpo_helpers.keep.checkpoints import find_valid_slots
 
+OPERATIONS = {"mkdir": "mkdir", "stat": "stat", "lstat": "stat", "listdir": "list", "scandir": "list"}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -32,31 +32,31 @@ def no_fault(operation, path, data):
 
 
 class Drive:
-    """Stands between the package and the mirror's folder: every operation there passes `fault(operation,
-    path, data)`.
+    """Stands between the package and one folder: every operation there passes `fault(operation, path, data)`.
 
     What it returns is written, without a buffer that a kill could still flush; what it raises, the package
-    meets.
+    meets. The operations are open, read, write, truncate, fsync, mkdir, stat and list.
     """
 
     def __init__(self, root, monkeypatch):
         self.root, self.fault, self.numbers = root, no_fault, {}
-        mkdir, stat = os.mkdir, os.stat
-        monkeypatch.setattr(files, "open", self.open, raising=False)
-        monkeypatch.setattr(
-            os, "mkdir", lambda path, *rest: (self.touch("mkdir", path), mkdir(path, *rest))[1]
-        )
-        monkeypatch.setattr(
-            os, "stat", lambda path, **options: (self.touch("stat", path), stat(path, **options))[1]
-        )
-        monkeypatch.setattr(
-            os, "fsync", lambda number: self.touch("fsync", self.numbers.get(number, ""))
-        )  # and no waiting for a disk
+        self.real_open = builtins.open
+        monkeypatch.setattr(builtins, "open", self.open)
+        monkeypatch.setattr(io, "open", self.open)  # pathlib's
+        for name, operation in OPERATIONS.items():
+            monkeypatch.setattr(os, name, self.watch(getattr(os, name), operation))
+        # and no waiting for a disk
+        monkeypatch.setattr(os, "fsync", lambda number: self.touch("fsync", self.numbers.get(number, "")))
+
+    def watch(self, original, operation):
+        def watched(path=".", *rest, **options):
+            self.touch(operation, path)
+            return original(path, *rest, **options)
+
+        return watched
 
     def hang(self, *names):
-        """Let writes to files of these names wait for the event that is returned; `hangs` is set once one
-        does.
-        """
+        """Let writes to files of these names wait for the returned event; `hangs` is set once one does."""
         answers, self.hangs = threading.Event(), threading.Event()
 
         def fault(operation, path, data):
@@ -69,17 +69,16 @@ class Drive:
         return answers
 
     def touch(self, operation, path, data=b""):
-        return (
-            self.fault(operation, Path(path), data)
-            if not isinstance(path, int) and Path(path).is_relative_to(self.root)
-            else data
-        )
+        if isinstance(path, int) or not Path(os.fsdecode(path)).is_relative_to(self.root):
+            return data
+        return self.fault(operation, Path(os.fsdecode(path)), data)
 
-    def open(self, path, mode):
-        self.touch("read" if mode == "rb" else "open", path)
-        if mode == "rb" or not path.is_relative_to(self.root):
-            return builtins.open(path, mode)
-        return SlotFile(self, path, builtins.open(path, mode, buffering=0))
+    def open(self, path, mode="r", *rest, **options):
+        reads = not set(mode) & set("wax+")
+        self.touch("read" if reads else "open", path)
+        if reads or "b" not in mode or not Path(path).is_relative_to(self.root):
+            return self.real_open(path, mode, *rest, **options)
+        return SlotFile(self, Path(path), self.real_open(path, mode, buffering=0))
 
 
 class SlotFile:
@@ -138,10 +137,15 @@ def fill_up(share):
     return make
 
 
-def fail(number, *operations):
+def fail(number, *operations, name="", seconds=None):
+    """Let operations fail, on files of one name where it is given, and for so many seconds from the first."""
+    begun = []
+
     def fault(operation, path, data):
-        if operation in operations:
-            raise OSError(number, os.strerror(number))
+        if operation in operations and path.name.endswith(name):
+            begun.append(time.monotonic())
+            if seconds is None or begun[-1] - begun[0] < seconds:
+                raise OSError(number, os.strerror(number), str(path))
         return data
 
     return lambda checkpoint: fault
@@ -164,7 +168,7 @@ FAULTS = {
     "input/output error": (fail(errno.EIO, "write"), "つながりません"),
     "input/output error at the end": (fail(errno.EIO, "fsync"), "つながりません"),
     "not connected": (
-        fail(errno.ENOTCONN, "mkdir", "stat", "open", "read", "write", "truncate", "fsync"),
+        fail(errno.ENOTCONN, "mkdir", "stat", "list", "open", "read", "write", "truncate", "fsync"),
         "つながりません",
     ),
     "input/output error at the reading back": (fail(errno.EIO, "read"), "つながりません"),

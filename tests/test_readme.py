@@ -45,7 +45,7 @@ def test_the_local_example_answers_from_the_saved_folder(finished_run, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-1500:]
 
-    from dpo_helpers.keep.storage import load_run
+    from dpo_helpers.keep.result import load_run
     from dpo_helpers.model.answer import generate_response
 
     model, tokenizer, _ = load_run(finished_run[0])

@@ -63,3 +63,7 @@ def comparable(log):
 
 def losses(log, key="loss"):
     return [entry[key] for entry in log if key in entry]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the package catches it."""

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from dpo_helpers.folders import verify_folder
 from dpo_helpers.keep.checkpoints import list_checkpoints
-from dpo_helpers.keep.mirror import verify_folder
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -47,7 +47,7 @@ def start(folder: Path) -> subprocess.Popen:
 def find_newest_step(folder: Path) -> int:
     found = [
         verify_folder(path)
-        for path in list_checkpoints(folder / "run" / "checkpoints")
+        for path in list_checkpoints(folder / "run.checkpoints")
         if path.name.startswith("dpo")
     ]
     return max([0, *(manifest["step"] for manifest in found if manifest)])

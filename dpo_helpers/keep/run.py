@@ -1,30 +1,30 @@
-"""Holds one run: its folder, checkpoints, mirror and lock, and where it goes on from; it does not train."""
+"""Opens one run: whose folder it is, where it goes on from, what its checkpoints say; it does not train.
 
-import hashlib
-import json
+Nothing is written before the folder is locked and the run accepted: a start that is refused changes nothing.
+"""
+
+import secrets
 import shutil
-import threading
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
+from dpo_helpers import places
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.files import copy_file
-from dpo_helpers.keep.checkpoints import Checkpoint, find_newest, publish_checkpoint, rotate_checkpoints
-from dpo_helpers.keep.mirror import Mirror
-from dpo_helpers.keep.run_lock import RunLock
-from dpo_helpers.keep.storage import CHECKPOINTS, copy_run, prepare_run_folder
+from dpo_helpers.files import exists, hash_rows, patiently, read_lines, write_json
+from dpo_helpers.folders import copy_whole, read_manifest
+from dpo_helpers.keep.checkpoints import Checkpoint, find_newest, list_checkpoints, publish_checkpoint
+from dpo_helpers.keep.drive import Mirror, TakenError
+from dpo_helpers.keep.result import VOTES, deliver_result, deliver_votes, read_result
 from dpo_helpers.machine import Machine, Stopwatch, choose_micro_batch
+from dpo_helpers.model.adapters import hash_base
+from dpo_helpers.places import FORMAT, FRESH, RECORD, find_checkpoints, make_refusal
 
 RESUME_CHOICES = {"自動": "auto", "最初から": "never"}
 PHASES = {"sft": "sft", "dpo": "training"}  # which of metrics.json's seconds a stage's training counts into
 STAGE_NAMES = {"sft": "教師あり学習", "dpo": "DPO"}
-RELEASE_SECONDS = 5
-_open_runs: dict[
-    Path, "Run"
-] = {}  # a cell that is run twice must not leave two heartbeats and two mirrors behind
+_open_runs: dict[Path, "Run"] = {}  # a cell that is run twice must not leave a lock and a mirror behind
 
 
 @dataclass
@@ -32,30 +32,32 @@ class Progress:
     """How far a run is: what its checkpoints hold beside the trainer's own files.
 
     `micro_batch` pairs are computed at once; memory may shrink it, the effective batch stays.
-    `steps_executed` are those of this process alone, and are not kept.
     """
 
     micro_batch: int
+    precision: str
     eval_batch: int = 8
     resumed_at: list[int] = field(default_factory=list)
     resumed_stages: list[str] = field(default_factory=list)
     sft_log: list[dict] = field(default_factory=list)
-    identity: dict[str, str] = field(default_factory=dict)  # hashes of rows and base
+    identity: dict = field(default_factory=dict)  # hashes of rows and base, and how many rows
+    generated: bool = False  # whether the rows are the project's own, so that all of them may be shown
+    # of this process alone
     steps_executed: dict[str, int] = field(default_factory=lambda: {"sft": 0, "dpo": 0})
 
 
 class Run:
-    """One run: its folder, its checkpoints, its mirror, and how far it is."""
+    """One run: its folder, its checkpoints beside it, its mirror, and how far it is."""
 
-    def __init__(self, folder: Path, mirror_folder: Path | None, clock: Stopwatch, progress: Progress):
-        self.folder, self.mirror_folder, self.clock, self.progress = folder, mirror_folder, clock, progress
-        self.checkpoints = folder / CHECKPOINTS
-        self.lock = RunLock([folder, *([mirror_folder] if mirror_folder else [])])
-        self.mirror = Mirror(mirror_folder) if mirror_folder else None
+    def __init__(self, folder: Path, config: RunConfig, machine: Machine, clock: Stopwatch):
+        self.folder, self.config, self.clock = folder, config, clock
+        self.checkpoints = find_checkpoints(folder)
+        self.progress = Progress(choose_micro_batch(config, machine.device), machine.precision)
+        self.mirror = self.lock = self._newest = None
+        self.known: dict = {}  # the identity that the newest checkpoint, or the result, was made with
         # under `accelerate launch` one process leads: it alone locks, writes and mirrors
         self.process_count, self.leads = 1, True
-        # a line once: a damaged checkpoint is met again by every look for the newest good one
-        self.announce = cache(print)
+        self.announce = cache(print)  # a line once: a damaged checkpoint is met again by every look
 
     def wait(self) -> None:
         """Wait for the run's other processes, if it has any."""
@@ -64,196 +66,218 @@ class Run:
 
             PartialState().wait_for_everyone()
 
-    def check_rows(self, train_rows, held_out_rows) -> None:
-        """Refuse rows that are not those of the newest checkpoint."""
-        digest = hashlib.sha256()
-        for part in (train_rows, held_out_rows):
-            for row in part:
-                digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
-            digest.update(b"\0")
-        self._check("rows", digest.hexdigest(), "学習データ")
+    def check_rows(self, train_rows, held_out_rows, generated: bool = False) -> None:
+        """Refuse rows that are not those of the run so far; `generated`: none of them is the user's own."""
+        counts = [len(train_rows), len(held_out_rows)]
+        before, now = (
+            "、".join(f"{count} 行" for count in pair) for pair in (self.known.get("counts", []), counts)
+        )
+        self._check("rows", hash_rows(train_rows, held_out_rows), f"学習データ（{before} → {now}）")
+        self.progress.identity["counts"], self.progress.generated = counts, generated
 
     def check_base(self, model) -> None:
-        """Refuse a base model whose weights are not those that the checkpoint was trained on."""
-        digest = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            if "lora_" not in name:
-                # the start of each tensor, so that 7B are read quickly
-                start = parameter.detach().flatten()[:1024].float().cpu().numpy()
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                digest.update(f"{name}{tuple(parameter.shape)}".encode() + start.tobytes())
-        self._check("base", digest.hexdigest(), "ベースモデル")
+        """Refuse a base model whose weights are not those that the run so far was trained on."""
+        self._check("base", hash_base(model), "ベースモデル")
 
     def _check(self, what: str, digest: str, text: str) -> None:
-        checkpoint = self.newest()
-        if checkpoint and checkpoint.progress[what] != digest:
+        if self.known.get(what, digest) != digest:
             raise UserError(
-                f"チェックポイント（{checkpoint.path}）の{text}は、"
-                f"今の{text}と違うので続けられません（設定は同じです）。\n"
-                f"同じ{text}に戻すか、新しく始めるには RESUME を「最初から」（ターミナルでは "
-                "--resume never）にしてください。"
+                f"{self.folder} の続きには使えません。違い：{text}。学習の設定は同じです。\n"
+                "設定のセルを変えたときは、そのセルから順に実行してください。"
+                f"元に戻すか、RUN_NAME に別の名前を書くか、{FRESH}"
             )
         self.progress.identity[what] = digest
 
+    def check_ready(self, config: RunConfig, model) -> None:
+        """Refuse a training with other settings than the run was opened with, or with unknown rows."""
+        if different := self.config.differences(config):
+            raise make_refusal(self.folder, different)
+        self.check_base(model)
+        if "rows" not in self.progress.identity:
+            raise UserError("学習データがまだ決まっていません。データを分けるセルを実行してください。")
+
+    def check_result(self, trainer, train_rows, held_out_rows) -> None:
+        """Refuse to save what is not this run's: an unfinished or another run's trainer, or other rows."""
+        what = None
+        if hash_rows(train_rows, held_out_rows) != self.progress.identity.get("rows"):
+            what = "今の行は、この学習の行ではありません。データのセルと、データを分けるセル"
+        elif Path(trainer.args.output_dir).parent != self.checkpoints:
+            what = "今の学習済みモデルは、この学習のものではありません。教師あり学習からのセル"
+        elif trainer.state.global_step < max(1, trainer.state.max_steps):
+            what = "DPO の学習がまだ終わっていません。DPO の学習のセル"
+        if what:
+            raise UserError(f"{self.folder} には何も書いていません。{what}を実行してください。")
+
+    def check_owner(self) -> None:
+        """Stop where another notebook has taken over the mirror."""
+        if self.mirror and self.mirror.taken:
+            raise UserError(self.mirror.problem)
+
     def newest(self, stage: str | None = None) -> Checkpoint | None:
         """Return this machine's newest good checkpoint, or None where that is of another stage."""
-        checkpoint = find_newest(self.checkpoints, None, self.announce)
-        return checkpoint if checkpoint and stage in (None, checkpoint.stage) else None
+        if self._newest is None or self._newest.path not in list_checkpoints(self.checkpoints)[:1]:
+            self._newest = patiently(find_newest, self.checkpoints, None, self.announce)
+        return self._newest if self._newest and stage in (None, self._newest.stage) else None
 
-    def keep_checkpoint(self, stage: str, made: Path, step: int, max_steps: int, config: RunConfig) -> None:
+    @property
+    def base(self) -> Path | None:
+        """The embedded model that came with the run's checkpoint: this run loads it, and no other run."""
+        return carried if (carried := self.checkpoints / "base_model").is_dir() else None
+
+    def find_base(self) -> Path | None:
+        """Return the folder of the embedded model where the run uses it."""
+        return self.base or find_own_base(self.config)
+
+    def keep_checkpoint(self, stage: str, made: Path, step: int, max_steps: int) -> None:
         """Complete what the trainer wrote in `made` and hand it to the mirror.
 
         A failure costs this checkpoint, not the run.
         """
-        own = self.progress
-        progress = {
-            "config": config.as_dict(),
-            **own.identity,
-            "max_steps": max_steps,
-            "resumed_at": own.resumed_at,
-            "resumed_stages": own.resumed_stages,
-            "seconds": {**self.clock.seconds, PHASES[stage]: self.clock.so_far(PHASES[stage])},
-            "micro_batch": own.micro_batch,
-            "eval_batch": own.eval_batch,
-            "sft_log": own.sft_log,
-        }
+        before, phase = self.newest(), PHASES[stage]
+        seconds = {**self.clock.seconds, phase: self.clock.so_far(phase)}
+        progress = {"config": self.config.as_dict(), "max_steps": max_steps, "seconds": seconds}
+        progress |= asdict(self.progress)
         try:
-            path = publish_checkpoint(made, self.checkpoints, stage, step, progress, find_own_base(config))
-            rotate_checkpoints(self.checkpoints, self.mirror.in_use() if self.mirror else set())
+            path = publish_checkpoint(made, self.checkpoints, stage, step, progress, self.find_base())
         except OSError as error:
-            print(
-                f"⚠️ ステップ {step} のチェックポイントを保存できませんでした（{error}）。"
-                "学習は続け、次の機会にまた保存します。"
-            )
+            print(f"⚠️ ステップ {step} のチェックポイントを保存できませんでした（{error}）。")
+            print("学習は続け、次の機会にまた保存します。")
             return
+        self._newest, self.known = Checkpoint(path, stage, step, progress), dict(self.progress.identity)
+        spared = {path, before and before.path} | (self.mirror.in_use() if self.mirror else set())
+        for old in set(list_checkpoints(self.checkpoints)) - spared:
+            shutil.rmtree(old, ignore_errors=True)  # one that cannot be deleted costs space, not the run
         if self.mirror:
             self.mirror.submit(path)
 
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Take over what a checkpoint says of the run so far, and tell it."""
         progress = checkpoint.progress
-        self.clock.seconds |= {
-            phase: progress["seconds"][phase] for phase in PHASES.values() if phase in progress["seconds"]
-        }
-        for name in ("micro_batch", "eval_batch", "sft_log", "resumed_at", "resumed_stages"):
+        self.clock.seconds |= {name: progress["seconds"].get(name, 0.0) for name in PHASES.values()}
+        for name in {item.name for item in fields(Progress)} - {"identity", "precision", "steps_executed"}:
             setattr(self.progress, name, progress[name])
+        self.known = progress["identity"]
         name, place = STAGE_NAMES[checkpoint.stage], f"ステップ {checkpoint.step} / {progress['max_steps']}"
         if checkpoint.ends_the_run:
             print(f"この学習は終わっています（{name}：{place}）。保存した結果を使い、学習はやり直しません。")
-            print("新しく学習するには RESUME を「最初から」（ターミナルでは --resume never）にしてください。")
+            print(f"新しく学習するには {FRESH}")
         else:
             print(f"前の続きがあります（{name}：{place}）。")
 
     def read_finished(self) -> dict | None:
-        """Return metrics.json where this machine holds the whole result of the finished run, else None."""
-        checkpoint, path = self.newest(), self.folder / "metrics.json"
-        if not (
-            checkpoint
-            and checkpoint.ends_the_run
-            and path.is_file()
-            and (self.folder / "adapter_model.safetensors").is_file()
-        ):
-            return None
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        return None if "stopped" in metrics else metrics
+        """Return metrics.json where the finished run's result is whole here or in the mirror, else None."""
+        return read_result(self.folder, self.mirror and self.mirror.folder)
 
     def deliver(self) -> bool:
-        """Bring the newest checkpoint and the result to the mirror; return whether all of it is there, byte
-        by byte.
+        """Bring the newest checkpoint, the result and the votes to the mirror; return whether all is there.
 
-        Where the checkpoint did not fit, the far smaller result is tried all the same, but not on a mount
-        that hangs.
+        Where the checkpoint did not fit, the smaller result is tried all the same; not where the mount hangs.
         """
         if self.mirror is None:
             return False
         safe = self.mirror.finish()
         if self.mirror.hangs:  # finish() has said so, and a copy would never return
             return False
+        try:
+            self.mirror.check_owner()
+        except (OSError, TakenError) as error:
+            print(self.mirror.problem or f"{self.mirror.folder} を読めないので書きません（{error!r}）。")
+            return False
         if not safe:
-            print(f"チェックポイントの写しは {self.mirror_folder} にありません：{self.mirror.problem}")
-        return copy_run(self.folder, self.mirror_folder) and safe
+            print(f"チェックポイントのコピーは {self.mirror.folder} にありません：{self.mirror.problem}")
+        return deliver_result(self.folder, self.mirror.folder) and safe
+
+    def deliver_votes(self) -> None:
+        """Bring the votes to the mirror as soon as they are cast; where that fails, at the next delivery."""
+        if self.mirror and not self.mirror.hangs and not self.mirror.taken:
+            try:
+                deliver_votes(self.folder, self.mirror.folder)
+            except OSError as error:
+                print(f"投票を {self.mirror.folder} にコピーできませんでした（{error}）。")
 
     def close(self) -> None:
         """Let go of the folder, when the mirror has had its time."""
         _open_runs.pop(self.folder.resolve(), None)
         if self.mirror:
             self.mirror.finish()
-        letting_go = threading.Thread(target=self.lock.release, daemon=True)
-        letting_go.start()
-        letting_go.join(RELEASE_SECONDS)  # the lock on a mount that hangs is never written
+        if self.lock:
+            self.lock.release()
 
 
 def open_run(
-    config: RunConfig,
-    folder,
-    machine: Machine,
-    mirror=None,
-    resume: str = "auto",
-    clock: Stopwatch | None = None,
+    config: RunConfig, folder, machine: Machine, mirror=None, resume="auto", clock: Stopwatch | None = None
 ) -> Run:
     """Open the run's folder (and its folder on the mirror), go on where it was, or begin.
 
-    `resume` is "auto" or "never" (or 自動, 最初から): never begins in a fresh numbered folder beside the old
-    one, which stays. Raises UserError where another notebook holds the folder or a checkpoint belongs to
-    another configuration.
+    `resume` is "auto" or "never": never begins in a fresh numbered folder beside the old one, which stays.
+    UserError: the folder is not ours, in use, or of other settings, or could not be read.
     """
     resume = RESUME_CHOICES.get(resume, resume)
     if resume not in RESUME_CHOICES.values():
-        raise UserError(
-            "RESUME は「自動」か「最初から」（ターミナルでは auto か never）"
-            f"にしてください（指定：{resume}）。"
-        )
-    folder, mirror = Path(folder), Path(mirror) if mirror else None
-    if mirror:
-        _check_mirror(mirror)
-    folder, mirror = _choose_folders(folder, mirror, config, resume)
-    if already := _open_runs.get(folder.resolve()):
-        already.close()
-    prepare_run_folder(folder, config)
-    progress = Progress(choose_micro_batch(config, machine.device))
-    run = Run(folder, mirror, clock or Stopwatch(), progress)
-    run.lock.acquire()
-    _open_runs[folder.resolve()] = run
+        raise UserError(f"RESUME は「自動」か「最初から」（auto か never）にしてください（指定：{resume}）。")
+    mirror = mirror or None
+    roots = [places.make_absolute(place) for place in (folder, mirror) if place is not None]
+    places.check_apart(*roots)
     try:
-        checkpoint = find_newest(run.checkpoints, mirror, run.announce)
-        if checkpoint:
-            if different := RunConfig().replace(checkpoint.progress["config"]).differences(config):
-                raise _refuse(checkpoint.path, different)
-            _install_own_base(checkpoint)
-            run.go_on_from(checkpoint)
-            if run.mirror and not checkpoint.on_mirror:
-                run.mirror.submit(checkpoint.path)
-        if mirror:
-            with suppress(OSError):  # the mirror's first checkpoint meets the same error and reports it
-                copy_file(folder / "run_config.json", mirror / "run_config.json")
-    except BaseException:
-        run.close()
-        raise
+        number = patiently(places.choose_number, roots, config, resume)
+        folder, *mirrors = [places.add_number(root, number) for root in roots]
+        if already := _open_runs.get(folder.resolve()):
+            already.close()
+        with places.hold_lock(find_checkpoints(folder), folder) as lock:
+            run = Run(folder, config, machine, clock or Stopwatch())
+            run.lock = lock
+            _start(run, mirrors[0] if mirrors else None, [root.name for root in roots], number)
+    except OSError as error:
+        raise places.explain_unreadable(error, roots[0]) from error
+    _open_runs[folder.resolve()] = run
     return run
 
 
-def _check_mirror(mirror: Path) -> None:
-    """Refuse a mirror that gives no answer: it may hold what this run goes on from, and a fresh start
-    would write over that.
-    """
-    try:
-        with suppress(FileNotFoundError):
-            mirror.stat()
-    except OSError as error:
-        raise UserError(
-            f"保存先 {mirror} を読めません（{error.strerror}）。"
-            "前の続きがあるかもしれないので、まだ始めません。\n"
-            "Google Drive なら、このセルをもう一度実行してつなぎ直してください。"
-            "使わずに始めるには USE_DRIVE をオフ（ターミナルでは --mirror を省く）にします。"
-        ) from None
+def _start(run: Run, mirror: Path | None, names: list[str], number: int) -> None:
+    """Accept the run or raise; then write its record, claim the mirror, and fetch what is newer there."""
+    newest = patiently(_look, run, mirror)
+    if newest and (different := RunConfig().replace(newest.progress["config"]).differences(run.config)):
+        raise make_refusal(newest.path, different)
+    common = {"format": FORMAT, "number": number, "settings": run.config.as_dict()}
+    common |= {"owner": secrets.token_hex(8)}
+    run.folder.mkdir(exist_ok=True)
+    write_json(run.folder / RECORD, common | {"first": names[0]})
+    if not exists(run.folder / "run_config.json"):
+        run.config.save(run.folder / "run_config.json")
+    if mirror:
+        run.mirror = Mirror(mirror, common | {"first": names[1]})
+        deliver_votes(run.folder, mirror, send=False)
+    if newest and newest.path.parent != run.checkpoints:
+        target = run.checkpoints / f"{newest.stage}-{newest.step:06d}"
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
+        patiently(copy_whole, newest.path, target)
+    for place in filter(None, (mirror, run.folder)):
+        run.known = (patiently(read_manifest, place) or {}).get("identity") or run.known
+    if checkpoint := run.newest():
+        run.go_on_from(checkpoint)
+        carried, own = checkpoint.path / "base_model", run.checkpoints / "base_model"
+        if carried.is_dir() and not own.is_dir():
+            shutil.copytree(carried, own.with_name("base_model_new"), dirs_exist_ok=True).rename(own)
+        if run.mirror and not newest.on_mirror:
+            run.mirror.submit(checkpoint.path)
+
+
+def _look(run: Run, mirror: Path | None) -> Checkpoint | None:
+    """Refuse places that are not this run's or cannot be read; return the newest good checkpoint."""
+    for place in filter(None, (run.folder, mirror)):
+        places.check_ours(place, run.config)
+    for place in filter(None, (run.folder, run.checkpoints, mirror)):
+        places.refuse_links(place)
+        read_manifest(place)
+    for name in VOTES if mirror else ():
+        read_lines(mirror / name)
+    return find_newest(run.checkpoints, mirror, run.announce)
 
 
 def open_shared_run(
     config: RunConfig, folder, machine: Machine, mirror, resume: str, clock: Stopwatch
 ) -> Run:
-    """Open the run once for all processes of `accelerate launch`: the first does what open_run does, the
-    others join it.
-    """
+    """Open the run once for all processes of `accelerate launch`: the first opens it, the others join."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -261,82 +285,20 @@ def open_shared_run(
     run = open_run(config, folder, machine, mirror, resume, clock) if processes.is_main_process else None
     if processes.num_processes == 1:
         return run
-    (chosen,) = broadcast_object_list(
-        [run and run.folder]
-    )  # a fresh start has another folder than was asked for
+    # a fresh start has another folder than was asked for
+    (chosen,) = broadcast_object_list([run and run.folder])
     if run is None:
-        run = Run(chosen, None, clock, Progress(choose_micro_batch(config, machine.device)))
+        run = Run(chosen, config, machine, clock)
         if checkpoint := run.newest():
             run.go_on_from(checkpoint)
     run.process_count, run.leads = processes.num_processes, processes.is_main_process
     pairs = config.effective_batch_size * run.process_count
-    print(f"{run.process_count} 個のプロセスで学習します。1 回の更新に使うのは、合わせて {pairs} 組です。")
+    print(f"{run.process_count} 個のプロセスで学習します。1 回の更新に使うのは、合わせて {pairs} ペアです。")
     return run
-
-
-def _refuse(where, different: list[str]) -> UserError:
-    return UserError(
-        f"{where} は別の設定の結果なので、続きにも上書きにも使いません。違い：{'、'.join(different)}\n"
-        "設定を元に戻すか、RUN_DIR に別の名前を書くか、"
-        "RESUME を「最初から」（ターミナルでは --resume never）にしてください。"
-    )
-
-
-def _choose_folders(
-    folder: Path, mirror: Path | None, config: RunConfig, resume: str
-) -> tuple[Path, Path | None]:
-    """Return the folders to work in: name, name.2, name.3 and so on are the starts of one run, the highest
-    the newest.
-    """
-
-    def numbered(path: Path, number: int) -> Path:
-        return path if number == 1 else path.with_name(f"{path.name}.{number}")
-
-    def settings(number: int) -> list[Path]:
-        places = [numbered(path, number) for path in (folder, mirror) if path]
-        return [place / "run_config.json" for place in places if (place / "run_config.json").is_file()]
-
-    def differences(path: Path) -> list[str]:
-        try:
-            return RunConfig.load(path).differences(config)
-        except (
-            UserError
-        ):  # cut off while it was written, or garbage from Drive: the checkpoint's own record decides
-            return []
-
-    endings = [
-        path.suffix[1:] for root in (folder, mirror) if root for path in root.parent.glob(f"{root.name}.*")
-    ]
-    last = max([1, *(int(ending) for ending in endings if ending.isdigit())])
-    used = [number for number in range(1, last + 1) if settings(number)]
-    if resume == "never":
-        number = (used[-1] + 1) if used else 1
-        if used:
-            print(f"新しく始めます。前の結果は残し、{numbered(folder, number)} を使います。")
-    else:
-        same = [n for n in used if not any(map(differences, settings(n)))]
-        number = same[-1] if same else 1
-        if used and not same:
-            path = next(path for path in settings(used[-1]) if differences(path))
-            raise _refuse(path.parent, differences(path))
-        if number > 1:
-            print(f"{numbered(folder, number)} の続きを使います。")
-    return numbered(folder, number), numbered(mirror, number) if mirror else None
 
 
 def find_own_base(config: RunConfig) -> Path | None:
     """Return the folder of the embedded model where the run uses it: its checkpoints carry it along."""
     from dpo_helpers.model.embedded import EMBEDDED, find_embedded_folder
 
-    name = config.model_name
-    return find_embedded_folder(name) if name in EMBEDDED else None
-
-
-def _install_own_base(checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's embedded model where this machine would look for it, unless it has one already."""
-    source = checkpoint.path / "base_model"
-    target = find_own_base(RunConfig().replace(checkpoint.progress["config"]))
-    if source.is_dir() and not target.is_dir():
-        aside = target.with_name(f"{target.name}.restored")
-        shutil.copytree(source, aside, dirs_exist_ok=True)
-        aside.rename(target)
+    return find_embedded_folder(config.model_name) if config.model_name in EMBEDDED else None

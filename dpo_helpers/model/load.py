@@ -25,35 +25,23 @@ CHOICES = (
 )
 
 
-def load_base_model(config: RunConfig, machine: Machine | None = None):
+def load_base_model(config: RunConfig, machine: Machine | None = None, folder: Path | None = None):
     """Return (model in float32, tokenizer with a pad token) for a Hub name, a local folder or "embedded".
+
+    `folder` takes the place of the embedded model's own: a run goes on with the very one that it began with.
 
     With `quantization` "4bit" its linear layers are in 4 bits, and frozen, as `machine` can compute them.
     Only safetensors files are opened and no code from a repository is run. Raises UserError where the name,
     the folder or the network is the reason.
     """
     import torch
-    from huggingface_hub.errors import HTTPError
-    from transformers import AutoModelForCausalLM
 
     name, quantization = config.model_name, make_quantization(config, machine)
-    folder = make_embedded_model(name) if name in EMBEDDED else find_model(name)
+    if folder is None and name in EMBEDDED:
+        folder = make_embedded_model(name)
+    folder = folder or find_model(name)
     tokenizer = load_tokenizer(str(folder))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, quantization_config=quantization
-        )
-    except (
-        OSError,
-        ValueError,
-        HTTPError,
-    ) as error:  # the last: transformers asks the Hub to convert a .bin, and that fails
-        advice = (
-            UNSAFE_FORMAT.format(name)
-            if "safetensors" in str(error)
-            else f"別のモデルを選んでください。{CHOICES}"
-        )
-        raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
+    model = load_weights(folder, name, quantization_config=quantization)
     limit = getattr(model.config, "max_position_embeddings", config.max_length)
     if config.max_length > limit:
         raise UserError(
@@ -65,6 +53,36 @@ def load_base_model(config: RunConfig, machine: Machine | None = None):
             # as TRL's DPOTrainer does: 4 x 1 and 1 x 4 then give the same losses in the warm-up as well
             module.p = 0.0
     return freeze_quantized(model) if quantization else model, tokenizer
+
+
+def load_weights(folder, name: str, **options):
+    """Return a model in float32 from safetensors files that fit it; `name` is what messages call it.
+
+    transformers would fill what it misses with random numbers, and run a repository's own code if allowed to.
+    """
+    import torch
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    loading = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **options}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **loading)
+    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+        # the last: transformers asks the Hub to convert a .bin, and that fails
+        advice = (
+            UNSAFE_FORMAT.format(name)
+            if "safetensors" in str(error)
+            else f"別のモデルを選んでください。{CHOICES}"
+        )
+        raise UserError(f"モデル {name} を読み込めません。理由：{error}\n{advice}") from error
+    if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
+        raise UserError(
+            f"モデル {name} の重みの名前か形が、設定（config.json）と合いません"
+            f"（{len(wrong)} 個。最初：{wrong[0]}）。"
+            f"足りない重みは乱数になるので、読み込みません。別のモデルを選んでください。{CHOICES}"
+        )
+    return model
 
 
 def load_tokenizer(name: str):
@@ -79,7 +97,7 @@ def load_tokenizer(name: str):
     elif not folder.is_dir():
         folder = find_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (
         OSError,
         ValueError,

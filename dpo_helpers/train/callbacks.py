@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.keep.checkpoints import find_different_adapters
 from dpo_helpers.keep.run import Run
+from dpo_helpers.model.adapters import find_different_adapters
 
 SKIPPED_IN_A_ROW = 20  # under fp16 the scaler halves its scale at each overflow, 65536 → 1 takes 16 steps
 
@@ -44,15 +44,11 @@ class KeepCheckpoints(TrainerCallback):
                 "ファイルと一致しません。続けると学習が壊れるので止めました。"
                 "ランタイムを再起動して、最初のセルから実行してください。"
             )
+        self.run.check_ready(self.config, model)
 
     def on_step_end(self, args, state, control, **_):
         self.run.progress.steps_executed[self.stage] += 1
-        if self.run.lock.lost:
-            raise UserError(
-                f"{self.run.folder.name} の学習は、別のノートブックが引き継ぎました。"
-                "二重に学習しないように、こちらは止めました。"
-                "こちらで続けるには、もう一方を止めてから、RUN_NAME のセルから実行してください。"
-            )
+        self.run.check_owner()
         if control.should_save:
             control.should_log = (
                 True  # else the losses since the last log line would be lost to the resumed log
@@ -62,7 +58,7 @@ class KeepCheckpoints(TrainerCallback):
         self.run.wait()  # every process has its own random state in the checkpoint
         if self.run.leads:
             made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.run.keep_checkpoint(self.stage, made, state.global_step, state.max_steps, self.config)
+            self.run.keep_checkpoint(self.stage, made, state.global_step, state.max_steps)
         self.run.wait()  # nobody looks for checkpoints while they are renamed and rotated
 
 

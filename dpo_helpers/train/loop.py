@@ -11,13 +11,11 @@ from typing import NamedTuple
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
-from dpo_helpers.keep.checkpoints import load_adapters
+from dpo_helpers.files import describe_full_disk, is_full
+from dpo_helpers.keep.checkpoints import prepare_resume
 from dpo_helpers.keep.run import PHASES, Run
 from dpo_helpers.machine import Machine, clear_memory
-
-FULL_DISK_BYTES = (
-    20_000_000  # with less than a small checkpoint left, a failed write is taken for a full disk
-)
+from dpo_helpers.model.adapters import load_adapters
 
 
 class Outcome(NamedTuple):
@@ -55,13 +53,9 @@ def train_stage(run: Run, stage: str, config: RunConfig, machine: Machine, build
         except UserError:
             raise
         except Exception as error:  # safetensors, torch and Python each have their own for a full disk
-            if shutil.disk_usage(run.folder).free > FULL_DISK_BYTES:
+            if not is_full(run.folder, error):
                 raise
-            raise UserError(
-                f"このマシンのディスクがいっぱいで、{run.folder} にチェックポイントを書けませんでした。"
-                "これまでのものは残っています。\n"
-                "不要なファイルを消してから、もう一度同じように実行すると、続きから始まります。"
-            ) from error
+            raise describe_full_disk(run.folder, "チェックポイント") from error
         shrink_batches(run, config, in_evaluation)
         trainer.optimizer = None
         trainer.model.to("cpu")  # whoever else still holds this trainer must not hold its GPU memory
@@ -93,7 +87,8 @@ def _attempt(run: Run, stage: str, config: RunConfig, machine: Machine, trainer)
         trainer.add_callback(callback)
     try:
         with run.clock(PHASES[stage]), watch_stop_button(asked):
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            start = prepare_resume(checkpoint, machine.precision) if checkpoint else None
+            trainer.train(resume_from_checkpoint=start and str(start))
     finally:
         view.finish()  # the trainer ends nothing where it was interrupted
     return trainer.state.global_step >= trainer.state.max_steps

@@ -12,8 +12,8 @@ from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import TrainingStopped
 from dpo_helpers.judge.history import summarize_training
 from dpo_helpers.judge.verdict import judge
+from dpo_helpers.keep.result import save_run
 from dpo_helpers.keep.run import Run
-from dpo_helpers.keep.storage import save_run, save_stopped
 from dpo_helpers.machine import Machine, measure_peak_memory
 from dpo_helpers.model.load import count_parameters
 from dpo_helpers.train.loop import Outcome, train_stage
@@ -111,8 +111,16 @@ def build_metrics(run: Run, config: RunConfig, machine: Machine, train_rows, tra
 
 def save_result(run: Run, config: RunConfig, train_rows, held_out_rows, trainer, metrics: dict) -> list[str]:
     """Save a finished run with its pictures; return the names of the files."""
-    plot_training(trainer.state.log_history, run.folder / "training", config.beta)
-    return save_run(run, train_rows, held_out_rows, trainer, metrics)
+    run.check_result(trainer, train_rows, held_out_rows)
+    log = trainer.state.log_history
+    return save_run(
+        run,
+        trainer,
+        metrics,
+        logs=(log, run.progress.sft_log),
+        rows=(train_rows, held_out_rows),
+        draw=lambda path: plot_training(log, path, config.beta),
+    )
 
 
 def stop_run(run: Run, stage: str, config, machine, train_rows, outcome: Outcome) -> TrainingStopped:
@@ -124,8 +132,7 @@ def stop_run(run: Run, stage: str, config, machine, train_rows, outcome: Outcome
     logs = ([], log) if stage == "sft" else (log, run.progress.sft_log)
     metrics["verdict"] = judge(metrics, logs[0])
     if run.leads:
-        plot_training(logs[0], run.folder / "training", config.beta)
-        save_stopped(run, trainer, *logs, metrics)
+        save_run(run, trainer, metrics, logs, draw=lambda path: plot_training(logs[0], path, config.beta))
     if run.mirror:
         run.mirror.finish()
     checkpoint = run.newest()

@@ -79,7 +79,7 @@ def _shared_arguments(run: Run, config: RunConfig, machine: Machine, stage: str)
 
 def build_sft_trainer(run: Run, config: RunConfig, machine: Machine, train_rows: list[dict]):
     """Return an SFTTrainer on a freshly loaded base for the run's rows."""
-    base, tokenizer = load_base_model(config, machine)
+    base, tokenizer = load_base_model(config, machine, run.base)
     run.check_base(base)
     check_training(base, tokenizer, train_rows, config)
     return make_sft_trainer(
@@ -149,7 +149,7 @@ def build_dpo_trainer(
 
     A sample of the held-out rows is evaluated every `checkpoint_steps` for the plots.
     """
-    model, tokenizer = load_base_model(config, machine)
+    model, tokenizer = load_base_model(config, machine, run.base)
     run.check_base(model)
     check_training(model, tokenizer, train_rows, config)
     arguments = {

@@ -74,9 +74,9 @@ def prepare(rows, folder, tmp_path, max_length, chat=False):
         folder = shutil.copytree(folder, tmp_path / "chat")
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     config = RunConfig(model_name=str(folder), max_length=max_length, sft_epochs=0)
-    run = Run(config, tmp_path, find_machine("cpu"), None, Stopwatch())
-    run.use_rows(rows, rows[:2])
-    trainer = build_dpo_trainer(run)
+    machine = find_machine("cpu")
+    run = Run(tmp_path / "run", config, machine, Stopwatch())
+    trainer = build_dpo_trainer(run, config, machine, rows, rows[:2])
     prepared = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
     return prepared, trainer.processing_class
 

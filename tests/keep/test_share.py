@@ -1,13 +1,21 @@
 import json
 import shutil
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from made import contents
+from safetensors.torch import load_file, save_file
+from tiny_run import make_config
 
-from dpo_helpers.__main__ import main
+from dpo_helpers.__main__ import main, train
 from dpo_helpers.config import RunConfig
 from dpo_helpers.errors import UserError
+from dpo_helpers.folders import verify_folder
 from dpo_helpers.judge.verdict import LABEL_NAMES
+from dpo_helpers.keep.result import make_zip
 from dpo_helpers.keep.share import make_model_card, merge_adapter, push_to_hub
 
 
@@ -22,7 +30,7 @@ def hub_run(finished_run, tmp_path):
     business.
     """
     folder = tmp_path / "run"
-    shutil.copytree(finished_run[0], folder, ignore=shutil.ignore_patterns("checkpoints", "base_model"))
+    shutil.copytree(finished_run[0], folder, ignore=shutil.ignore_patterns("base_model"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": "microsoft/DialoGPT-small"})
@@ -39,7 +47,7 @@ def test_the_merged_model_answers_as_the_adapter_did(finished_run, merged):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dpo_helpers.judge.scores import score_answers
-    from dpo_helpers.keep.storage import load_run
+    from dpo_helpers.keep.result import load_run
     from dpo_helpers.model.answer import generate_response
 
     adapted, tokenizer, config = load_run(finished_run[0])
@@ -60,9 +68,79 @@ def test_the_merged_model_answers_as_the_adapter_did(finished_run, merged):
         )  # it is not the bare base
 
 
-def test_a_folder_with_something_in_it_is_not_overwritten(finished_run, merged):
-    with pytest.raises(UserError, match="空ではありません"):
-        merge_adapter(finished_run[0], merged)
+def test_a_folder_of_the_users_is_not_written_over(finished_run, tmp_path):
+    for name in ("mine", "model.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    for name in ("mine", "model"):
+        with pytest.raises(UserError, match="空ではないので、上書きしません"):
+            merge_adapter(finished_run[0], tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "mine",
+        "model.partial",
+        "notes.txt",
+        "notes.txt",
+    ]
+
+
+def test_a_merged_model_is_kept_where_it_is_this_runs_and_made_again_where_it_is_not(
+    finished_run, tmp_path, capsys
+):
+    run, target = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(finished_run[0], run)
+    merge_adapter(run, target)
+    first, inode = (target / "model.safetensors").read_bytes(), (target / "model.safetensors").stat().st_ino
+    merge_adapter(run, target)
+    assert (target / "model.safetensors").stat().st_ino == inode and "すでにある" in capsys.readouterr().out
+    (target / "config.json").write_text("{")  # a half one
+    merge_adapter(run, target)
+    assert (
+        json.loads((target / "config.json").read_text())
+        and (target / "model.safetensors").read_bytes() == first
+    )
+    weights = load_file(run / "adapter_model.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, run / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="結果が壊れています"):
+        merge_adapter(run, target)
+    (run / "manifest.json").unlink()
+    merge_adapter(run, target)
+    assert (target / "model.safetensors").read_bytes() != first
+
+
+def test_a_merge_that_was_killed_is_made_again(finished_run, tmp_path, monkeypatch):
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_helpers.keep.share.write_manifest", die)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapter(finished_run[0], tmp_path / "model")
+    assert not (tmp_path / "model").exists() and (tmp_path / "model.partial" / "merged.json").is_file()
+    merge_adapter(finished_run[0], tmp_path / "model")
+    assert not (tmp_path / "model.partial").exists() and verify_folder(tmp_path / "model")
+
+
+@pytest.mark.versions
+def test_a_merge_that_changes_the_model_is_refused(finished_run, tmp_path):
+    """LoRA on one side of tied embeddings: merged into the one tensor that both are, it changes both."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run[0], run)
+    (run / "manifest.json").unlink()
+    settings = json.loads((run / "adapter_config.json").read_text())
+    targets = {"target_modules": ["lm_head"], "fan_in_fan_out": False, "ensure_weight_tying": False}
+    (run / "adapter_config.json").write_text(json.dumps(settings | targets))
+    shutil.rmtree(run / "reference")
+    rank, name = settings["r"], "base_model.model.lm_head"
+    size = json.loads((run / "base_model" / "config.json").read_text())
+    torch.manual_seed(0)
+    lora = {
+        f"{name}.lora_A.weight": torch.randn(rank, size["n_embd"]),
+        f"{name}.lora_B.weight": torch.randn(size["vocab_size"], rank) * 0.1,
+    }
+    save_file(lora, run / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"1 トークンで .* nat 違うので使いません"):
+        merge_adapter(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists() and not (tmp_path / "model.partial").exists()
 
 
 def test_the_card_says_what_the_files_say(finished_run, hub_run, merged):
@@ -75,10 +153,7 @@ def test_the_card_says_what_the_files_say(finished_run, hub_run, merged):
         "| `lora_scale` | 2.0 |",
     ):
         assert figure in card
-    assert (
-        f"自動生成した行です。学習 {150 - held_out['rows']} 行、評価 {held_out['rows']} "
-        "行（両方にある質問：0）" in card
-    )
+    assert f"自動生成した行です。学習 {150 - held_out['rows']} 行、評価 {held_out['rows']} 行。" in card
     assert (
         f"## 自動の判定：{LABEL_NAMES[finished_run[1]['verdict']['label']]}\n" in card and "## 限界" in card
     )
@@ -91,16 +166,38 @@ def test_the_card_says_what_the_files_say(finished_run, hub_run, merged):
     assert f"学習 {150 - held_out['rows']} 行" in of_merged
 
 
-def test_the_card_of_an_older_run_has_no_verdict_and_does_not_show_other_peoples_rows(hub_run):
+def test_what_is_shared_of_the_users_own_rows_are_counts_alone(hub_run, hub):
+    metrics = json.loads((hub_run / "metrics.json").read_text())
+    secret = "山田太郎 [link](http://x) 090-1234"
+    metrics |= {"rows_generated": False, "by_field": [{"field": secret, "rows": 12, "accuracy": 0.5}]}
+    metrics["verdict"]["reasons"].append(f"{secret} の行が苦手です。")
+    (hub_run / "metrics.json").write_text(json.dumps(metrics))
+    card, fake = make_model_card(hub_run), hub()
+    push_to_hub(hub_run, "me/model", dry_run=False)
+    sent = fake.sent["files"]
+    for text in (card, *(content.decode("utf-8", "replace") for content in sent.values())):
+        assert "山田" not in text and "090" not in text and str(hub_run.parent) not in text
+    assert (
+        "学習した人が用意した行です" in card
+        and json.loads(sent["metrics.json"])["held_out"] == metrics["held_out"]
+    )
+
+
+def test_the_card_of_an_older_run_has_no_verdict(hub_run):
     metrics = json.loads((hub_run / "metrics.json").read_text())
     del metrics["verdict"], metrics["held_out"]["accuracy_interval"]
     (hub_run / "metrics.json").write_text(json.dumps(metrics))
-    (hub_run / "train.jsonl").write_text(
-        json.dumps({"prompt": "私の質問", "chosen": "良い", "rejected": "悪い"}) + "\n"
-    )
-    card = make_model_card(hub_run)
-    assert "判定" not in card and "区間" not in card
-    assert "出どころは、この記録からは分かりません" in card and "私の質問" not in card
+    assert "判定" not in (card := make_model_card(hub_run)) and "区間" not in card
+
+
+def test_no_path_of_the_machine_is_in_the_zip_or_the_merged_model(tiny_models, tmp_path):
+    config = make_config(tiny_models, num_samples=30)
+    train(config, tmp_path / "run", device="cpu")
+    merge_adapter(tmp_path / "run", tmp_path / "merged")
+    with zipfile.ZipFile(make_zip(tmp_path / "run")) as packed:
+        texts = {name: packed.read(name) for name in packed.namelist()} | contents(tmp_path / "merged")
+    places = [str(place).encode() for place in (tmp_path, tiny_models["gpt2"], Path.home())]
+    assert [name for name, text in texts.items() if any(place in text for place in places)] == []
 
 
 def test_a_run_that_was_stopped_has_no_card(hub_run):
@@ -125,8 +222,8 @@ class FakeHub:
             raise self.failure
         self.sent |= {"repo": repo, **options}
 
-    def upload_folder(self, **options):
-        self.sent |= options
+    def upload_folder(self, folder_path, **options):
+        self.sent |= options | {"files": contents(Path(folder_path))}
 
 
 @pytest.fixture
@@ -161,7 +258,7 @@ def test_a_push_sends_weights_and_card_but_no_rows(hub_run, hub):
     assert (
         fake.sent["repo"] == fake.sent["repo_id"] == "me/model"
         and fake.sent["private"]
-        and fake.sent["allow_patterns"] == names
+        and sorted(fake.sent["files"]) == sorted(names)
     )
     assert {
         "README.md",
@@ -171,7 +268,7 @@ def test_a_push_sends_weights_and_card_but_no_rows(hub_run, hub):
         "metrics.json",
     } <= set(names)
     assert not {"train.jsonl", "held_out.jsonl", "run_config.json", "run.lock", "secret.txt"} & set(names)
-    assert (hub_run / "README.md").read_text() == make_model_card(hub_run)
+    assert fake.sent["files"]["README.md"].decode() == make_model_card(hub_run)
 
 
 def answer(status: int):

@@ -10,7 +10,7 @@ from dpo_helpers.data.generate import generate_preferences, split_rows
 from dpo_helpers.data.tokens import encode_prompts
 from dpo_helpers.errors import UserError
 from dpo_helpers.judge.scores import score_rows
-from dpo_helpers.keep.storage import load_run, save_model
+from dpo_helpers.keep.result import load_run, save_model
 from dpo_helpers.model.answer import generate_response
 from dpo_helpers.model.load import load_base_model, load_tokenizer, make_lora_config
 

@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_does(two, tmp_path):
     assert (together["processes"], together["steps"]) == (2, alone["steps"])
     assert steps(folder / "run") == steps(tmp_path / "run") and done.stdout.count("。結果：") == 1
     assert json.loads((folder / "mirror" / "metrics.json").read_text()) == together
-    checkpoints = folder / "run" / "checkpoints"
+    checkpoints = folder / "run.checkpoints"
     assert sorted(path.name for path in checkpoints.glob("dpo-*")) == ["dpo-000010", "dpo-000012"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(
         json.loads((checkpoints / "dpo-000010" / "manifest.json").read_text())["files"]
@@ -92,7 +92,7 @@ def test_two_processes_resume_to_the_same_bytes(two):
     """
     config, folder, _, finished = two
     adapter, log = (folder / "run" / "adapter_model.safetensors").read_bytes(), steps(folder / "run")
-    shutil.rmtree(folder / "run" / "checkpoints" / "dpo-000012")  # as if it had been cut off after step 10
+    shutil.rmtree(folder / "run.checkpoints" / "dpo-000012")  # as if it had been cut off after step 10
     shutil.rmtree(folder / "mirror")
     (folder / "run" / "metrics.json").unlink()
     done, resumed = launch(config, folder / "run", folder / "mirror")

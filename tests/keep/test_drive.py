@@ -3,47 +3,37 @@ one whole copy stays.
 """
 
 import errno
-import json
 import os
-import re
-import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from faulty_drive import FAULTS, WEIGHTS, contents, fail, no_fault, steps
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from dpo_helpers.files import hash_file
-from dpo_helpers.keep import mirror
-from dpo_helpers.keep.mirror import (
-    Mirror,
-    find_valid_slots,
-    order_of,
-    read_manifest,
-    restore_slot,
-    verify_folder,
-    write_slot,
-)
+from dpo_helpers import background
+from dpo_helpers.folders import copy_in_place, copy_whole, read_manifest, write_manifest
+from dpo_helpers.keep.checkpoints import find_valid_slots, order_of
+from dpo_helpers.keep.drive import Mirror
+from dpo_helpers.places import read_record
+
+RECORD = {"format": 2, "first": "run", "number": 1, "settings": {}, "owner": "me"}
+
+
+def open_mirror(folder, owner="me", report=print):
+    return Mirror(folder, RECORD | {"owner": owner}, report)
 
 
 def make_checkpoint(
     folder, step, stage="dpo", extra=("ref/adapter_model.safetensors",), size=3000, log_size=None
 ):
-    """Write a checkpoint whose files have `size` bytes that depend on the step, with its manifest (no
-    newline at its end).
-    """
-    folder.mkdir(parents=True)
-    files = {}
+    """Write files of `size` bytes that depend on the step, with their manifest: a mirror reads no more."""
     for number, name in enumerate((WEIGHTS, "trainer_state.json", *extra)):
         length = log_size if log_size and name == "trainer_state.json" else size
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(bytes((step * 7 + number + place) % 251 for place in range(length)))
-        files[name] = {"bytes": length, "sha256": hash_file(folder / name)}
-    (folder / "manifest.json").write_text(json.dumps({"stage": stage, "step": step, "files": files}))
+    write_manifest(folder, stage=stage, step=step)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().strip())  # no newline at its end: its last byte matters
     return folder
 
 
@@ -53,7 +43,7 @@ def two_slots(tmp_path, drive):
     now on.
     """
     lines = []
-    kept = Mirror(tmp_path / "drive" / "run", report=lines.append)
+    kept = open_mirror(tmp_path / "drive" / "run", report=lines.append)
     for step in (1, 2):
         kept.submit(make_checkpoint(tmp_path / f"local-{step}", step))
         assert kept.finish(5)
@@ -67,12 +57,12 @@ def two_slots(tmp_path, drive):
 
 def test_a_checkpoint_comes_back_byte_for_byte(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "local", 10)
-    kept = Mirror(tmp_path / "drive")
+    kept = open_mirror(tmp_path / "drive")
     kept.submit(checkpoint)
     assert kept.finish(5) is True
     [(slot, manifest)] = find_valid_slots(tmp_path / "drive")
     assert manifest == read_manifest(checkpoint)
-    restore_slot(slot, tmp_path / "new machine" / "checkpoint")
+    copy_whole(slot, tmp_path / "new machine" / "checkpoint")
     assert contents(tmp_path / "new machine" / "checkpoint") == contents(checkpoint)
     assert [path.name for path in (tmp_path / "new machine").iterdir()] == ["checkpoint"]
 
@@ -97,7 +87,7 @@ def test_over_fifty_checkpoints_the_mirror_grows_by_the_log_alone_and_nothing_th
 
     for name in ("remove", "unlink", "rename", "replace", "rmdir"):
         record(name)
-    kept, seen = Mirror(tmp_path / "drive"), []
+    kept, seen = open_mirror(tmp_path / "drive"), []
     for step in range(100, 150):
         kept.submit(make_checkpoint(tmp_path / f"local-{step}", step, size=500, log_size=10 * step))
         assert kept.finish(5)
@@ -112,7 +102,8 @@ def test_over_fifty_checkpoints_the_mirror_grows_by_the_log_alone_and_nothing_th
         "ref/adapter_model.safetensors",
         "trainer_state.json",
     )
-    assert sorted(seen[1][0]) == [f"{slot}/{name}" for slot in ("slot-0", "slot-1") for name in names]
+    slots = [f"{slot}/{name}" for slot in ("slot-0", "slot-1") for name in names]
+    assert sorted(seen[1][0]) == ["run.json", *slots]
     assert all(inodes == seen[1][0] for inodes, *_ in seen[1:])  # the very same files
     assert [size - seen[1][1] for _, size, _ in seen[1:]] == [
         2 * 10 * number for number in range(49)
@@ -126,30 +117,9 @@ def test_over_fifty_checkpoints_the_mirror_grows_by_the_log_alone_and_nothing_th
     assert touched == []
 
 
-def test_a_shorter_checkpoint_leaves_no_tail_of_the_longer_one(tmp_path):
-    for step, size in ((1, 5000), (2, 20)):
-        write_slot(make_checkpoint(tmp_path / f"local-{step}", step, size=size), tmp_path / "slot-0")
-    assert contents(tmp_path / "slot-0") == contents(tmp_path / "local-2")
-
-
-def test_a_file_larger_than_what_is_copied_at_once_is_whole(tmp_path):
-    write_slot(make_checkpoint(tmp_path / "local", 1, size=3 * shutil.COPY_BUFSIZE + 1), tmp_path / "slot-0")
-    assert contents(tmp_path / "slot-0") == contents(tmp_path / "local")
-
-
-def test_a_preference_checkpoint_may_follow_a_warm_up_with_fewer_files(tmp_path):
-    slot = tmp_path / "slot-0"
-    write_slot(make_checkpoint(tmp_path / "sft", 40, stage="sft", extra=()), slot)
-    write_slot(make_checkpoint(tmp_path / "dpo", 10), slot)
-    assert verify_folder(slot) == read_manifest(tmp_path / "dpo")
-    write_slot(tmp_path / "sft", slot)  # what it does not list stays where it is, and does not come back
-    restore_slot(slot, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(tmp_path / "sft")
-
-
 def test_the_first_preference_step_is_newer_than_the_last_warm_up_step(tmp_path):
-    write_slot(make_checkpoint(tmp_path / "dpo", 0, stage="dpo"), tmp_path / "slot-0")
-    write_slot(make_checkpoint(tmp_path / "sft", 900, stage="sft"), tmp_path / "slot-1")
+    copy_in_place(make_checkpoint(tmp_path / "dpo", 0, stage="dpo"), tmp_path / "slot-0")
+    copy_in_place(make_checkpoint(tmp_path / "sft", 900, stage="sft"), tmp_path / "slot-1")
     assert [(slot.name, order_of(manifest)) for slot, manifest in find_valid_slots(tmp_path)] == [
         ("slot-0", (1, 0)),
         ("slot-1", (0, 900)),
@@ -158,8 +128,8 @@ def test_the_first_preference_step_is_newer_than_the_last_warm_up_step(tmp_path)
 
 def test_after_a_restart_the_older_slot_is_the_one_written(tmp_path):
     for slot, step in (("slot-0", 20), ("slot-1", 10)):
-        write_slot(make_checkpoint(tmp_path / f"local-{step}", step), tmp_path / slot)
-    kept = Mirror(tmp_path)
+        copy_in_place(make_checkpoint(tmp_path / f"local-{step}", step), tmp_path / slot)
+    kept = open_mirror(tmp_path)
     kept.submit(make_checkpoint(tmp_path / "local-30", 30))
     assert kept.finish(5)
     assert steps(tmp_path) == [("slot-1", 30), ("slot-0", 20)]
@@ -179,16 +149,16 @@ def test_a_damaged_newest_slot_gives_way_to_the_other_and_is_written_next(two_sl
     kept, _ = two_slots
     harm(kept.folder / "slot-1" / name)
     assert steps(kept.folder) == [("slot-0", 1)]
-    again = Mirror(kept.folder)
+    again = open_mirror(kept.folder)
     again.submit(make_checkpoint(tmp_path / "local-3", 3))
     assert again.finish(5)
     assert steps(kept.folder) == [("slot-1", 3), ("slot-0", 1)]
 
 
 def test_a_lone_slot_that_does_not_verify_now_is_spared(tmp_path):
-    write_slot(make_checkpoint(tmp_path / "local-1", 1), tmp_path / "slot-0")
+    copy_in_place(make_checkpoint(tmp_path / "local-1", 1), tmp_path / "slot-0")
     damage(tmp_path / "slot-0" / WEIGHTS)
-    kept = Mirror(tmp_path)
+    kept = open_mirror(tmp_path)
     kept.submit(make_checkpoint(tmp_path / "local-2", 2))
     assert kept.finish(5)
     assert steps(tmp_path) == [("slot-1", 2)]
@@ -199,34 +169,6 @@ def test_a_missing_mirror_has_no_slots(tmp_path):
 
 
 # Restoring
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, "manifest.json"])
-def test_a_restore_that_does_not_verify_leaves_nothing_behind(tmp_path, name):
-    write_slot(make_checkpoint(tmp_path / "local", 1), tmp_path / "slot-0")
-    damage(tmp_path / "slot-0" / name)
-    with pytest.raises(OSError, match="一致しません"):
-        restore_slot(tmp_path / "slot-0", tmp_path / "target" / "checkpoint")
-    assert list((tmp_path / "target").iterdir()) == []
-
-
-def test_a_restore_from_nowhere_is_an_oserror(tmp_path):
-    with pytest.raises(OSError):
-        restore_slot(tmp_path / "slot-0", tmp_path / "target")
-    assert not (tmp_path / "target").exists()
-
-
-def test_a_restore_never_replaces_a_checkpoint_and_survives_an_interrupted_one(tmp_path):
-    slot = tmp_path / "slot-0"
-    write_slot(make_checkpoint(tmp_path / "local", 1), slot)
-    make_checkpoint(tmp_path / "other.partial", 7)
-    restore_slot(slot, tmp_path / "other")
-    assert contents(tmp_path / "other") == contents(slot)
-    make_checkpoint(tmp_path / "taken", 8)
-    before = contents(tmp_path / "taken")
-    with pytest.raises(OSError):
-        restore_slot(slot, tmp_path / "taken")
-    assert contents(tmp_path / "taken") == before
 
 
 # What fails
@@ -304,7 +246,7 @@ def test_a_lost_mount_is_not_replaced_by_a_folder_on_this_machine(two_slots, tmp
 
 def test_a_mirror_that_cannot_be_made_says_so_at_the_first_checkpoint(tmp_path, drive):
     lines, drive.fault = [], fail(errno.EROFS, "mkdir")(None)
-    kept = Mirror(tmp_path / "drive", report=lines.append)
+    kept = open_mirror(tmp_path / "drive", report=lines.append)
     kept.submit(make_checkpoint(tmp_path / "local", 1))
     assert kept.finish(5) is False
     assert len(lines) == 1 and "読み取り専用" in lines[0]
@@ -339,7 +281,7 @@ def test_a_report_that_fails_does_not_end_the_thread(tmp_path):
     def report(line):
         raise BrokenPipeError
 
-    kept = Mirror(tmp_path / "drive", report=report)
+    kept = open_mirror(tmp_path / "drive", report=report)
     kept.submit(tmp_path / "never there")
     assert kept.finish(5) is False
     kept.submit(make_checkpoint(tmp_path / "local", 1))
@@ -350,7 +292,7 @@ def test_a_slow_mirror_delays_nothing_but_itself_and_copies_only_the_newest(
     two_slots, drive, tmp_path, monkeypatch
 ):
     kept, lines = two_slots
-    monkeypatch.setattr(mirror, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(background, "QUIET_SECONDS", 0.05)
     answers, checkpoints = (
         drive.hang(WEIGHTS),
         [make_checkpoint(tmp_path / f"local-{step}", step) for step in (3, 4, 5)],
@@ -369,7 +311,7 @@ def test_a_slow_mirror_delays_nothing_but_itself_and_copies_only_the_newest(
 
 def test_a_mirror_that_hangs_is_waited_for_once(two_slots, drive, tmp_path, monkeypatch):
     kept, lines = two_slots
-    monkeypatch.setattr(mirror, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(background, "QUIET_SECONDS", 0.05)
     answers, last = drive.hang(WEIGHTS), make_checkpoint(tmp_path / "local-3", 3)
     kept.submit(last)
     assert kept.finish(0.2) is False and kept.hangs
@@ -389,7 +331,7 @@ def test_a_mirror_that_hangs_is_waited_for_once(two_slots, drive, tmp_path, monk
 
 
 def test_nothing_submitted_is_nothing_missing(tmp_path):
-    kept = Mirror(tmp_path / "drive")
+    kept = open_mirror(tmp_path / "drive")
     assert (kept.finish(5), kept.problem, kept.in_use()) == (True, None, set())
 
 
@@ -424,15 +366,15 @@ def test_killed_at_any_operation_one_slot_is_whole_and_the_newest_whole_one_is_f
     found = []
     for number in range(1000):
         drive.fault = no_fault
-        write_slot(first, folder / "slot-0")
-        write_slot(second, folder / "slot-1")
+        copy_in_place(first, folder / "slot-0")
+        copy_in_place(second, folder / "slot-1")
         drive.fault = kill_at(number)
         try:
-            write_slot(third, folder / "slot-0")
+            copy_in_place(third, folder / "slot-0")
         except Killed:
             found.append(steps(folder))
             drive.fault = no_fault
-            again = Mirror(folder)
+            again = open_mirror(folder)
             again.submit(fourth)
             assert again.finish(5)
             assert steps(folder)[:1] == [("slot-1" if found[-1][0][1] == 3 else "slot-0", 4)]
@@ -454,151 +396,67 @@ def test_killed_while_a_new_slot_is_made_the_other_stays(tmp_path, drive):
     for number in range(1 + 5 + 3 * (1 + 5) + 3):  # as above, up to the last half of the manifest
         folder = tmp_path / "drive" / str(number)
         folder.mkdir(parents=True)
-        write_slot(first, folder / "slot-0")
+        copy_in_place(first, folder / "slot-0")
         drive.fault = kill_at(number)
         with pytest.raises(Killed):
-            write_slot(second, folder / "slot-1")
+            copy_in_place(second, folder / "slot-1")
         drive.fault = no_fault
         assert steps(folder) == [("slot-0", 1)]
 
 
-# Manifests that anybody may have written
-
-ENTRY = {"bytes": 3, "sha256": "0" * 64}
-PARTS = st.sampled_from(
-    ["..", ".", "", "/", "a", "b.json", "ref", "\\", "C:", "\0", "manifest.json", "\ud800", "é"]
-)
-NAMES = st.lists(PARTS, max_size=4).map("/".join) | st.text(max_size=8)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-ENTRIES = (
-    st.just(ENTRY)
-    | VALUES
-    | st.fixed_dictionaries({"bytes": VALUES | st.just(1), "sha256": VALUES | st.just("a" * 64)})
-)
-MANIFESTS = st.fixed_dictionaries(
-    {
-        "stage": st.sampled_from(["sft", "dpo"]) | VALUES,
-        "step": st.integers(0, 9) | VALUES,
-        "files": st.dictionaries(NAMES, ENTRIES, max_size=3) | VALUES,
-    }
-)
-GARBAGE = st.binary(max_size=60) | (VALUES | MANIFESTS).map(lambda value: json.dumps(value).encode())
+# The newer notebook wins
 
 
-def read_bytes_as_manifest(content):
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "manifest.json").write_bytes(content)
-        assert verify_folder(folder) is None or json.loads(content)["files"] == {}
-        return read_manifest(folder)
+def test_the_newer_notebook_takes_the_mirror_and_the_older_one_writes_no_more(tmp_path):
+    lines = []
+    older = open_mirror(tmp_path / "drive", "older", lines.append)
+    older.submit(make_checkpoint(tmp_path / "local-1", 1))
+    assert older.finish(5)
+    newer = open_mirror(tmp_path / "drive", "newer")
+    newer.submit(make_checkpoint(tmp_path / "local-2", 2))
+    assert newer.finish(5)
+    before = contents(tmp_path / "drive")
+    older.submit(make_checkpoint(tmp_path / "local-3", 3))
+    assert older.finish(5) is False and older.taken and contents(tmp_path / "drive") == before
+    assert len(lines) == 1 and "あとから始めた別のノートブックが引き継ぎました" in lines[0]
+    assert "もう一度試します" not in lines[0]
+    newer.submit(tmp_path / "local-3")
+    assert newer.finish(5) and not newer.taken and steps(tmp_path / "drive")[0] == ("slot-0", 3)
 
 
-@settings(max_examples=300, deadline=None)
-@example(b"[" * 100_000)
-@example(b"{}")
-@example(b"\xff\xfe")
-@example(b'{"stage": "dpo", "step": ' + b"9" * 5000 + b', "files": {}}')
-@given(GARBAGE)
-def test_a_manifest_is_accepted_only_with_known_stage_whole_step_and_names_inside_the_folder(content):
-    manifest = read_bytes_as_manifest(content)
-    if manifest is None:
-        return
-    assert manifest == json.loads(content)
-    assert manifest["stage"] in ("sft", "dpo") and type(manifest["step"]) is int and manifest["step"] >= 0
-    for name, entry in manifest["files"].items():
-        assert (
-            re.fullmatch(r"[^/\\:\0]+(/[^/\\:\0]+)*", name)
-            and not {".", ".."} & {*name.split("/")}
-            and name != "manifest.json"
-        )
-        assert os.path.normpath(f"/root/{name}") == f"/root/{name}"
-        assert (
-            type(entry["bytes"]) is int
-            and entry["bytes"] >= 0
-            and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
-        )
+def test_a_token_that_cannot_be_read_stops_the_copy_and_one_that_is_torn_or_gone_is_written_again(
+    tmp_path, drive
+):
+    kept = open_mirror(drive.root)
+    for damage in (lambda path: path.write_text('{"owner": "m'), Path.unlink):
+        damage(drive.root / "run.json")
+        kept.submit(make_checkpoint(tmp_path / f"local-{damage.__name__}", 1))
+        assert kept.finish(5) and read_record(drive.root)["owner"] == "me"
+    before = contents(drive.root)
+    drive.fault = fail(errno.EIO, "read", name="run.json")(None)
+    kept.submit(make_checkpoint(tmp_path / "local-2", 2))
+    assert kept.finish(5) is False and not kept.taken
+    drive.fault = no_fault
+    assert contents(drive.root) == before and kept.finish(5)
 
 
-GOOD = {
-    "stage": "dpo",
-    "step": 3,
-    "files": {"a.bin": ENTRY, "ref/a..b": ENTRY, "日本語/manifest.json": ENTRY},
-}
+def test_a_mirror_that_could_not_be_claimed_at_the_start_is_claimed_at_the_first_copy(tmp_path, drive):
+    open_mirror(drive.root, "older")
+    drive.fault = fail(errno.EIO, "open")(None)
+    newer = open_mirror(drive.root, "newer")
+    drive.fault = no_fault
+    newer.submit(make_checkpoint(tmp_path / "local", 1))
+    assert newer.finish(5) and read_record(drive.root)["owner"] == "newer"
 
 
-def test_a_good_manifest_is_accepted():
-    assert read_bytes_as_manifest(json.dumps(GOOD).encode()) == GOOD
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "..",
-        "../x",
-        "a/../x",
-        "a/..",
-        "/x",
-        "//x",
-        "a\\x",
-        "..\\x",
-        "C:/x",
-        "C:x",
-        "",
-        ".",
-        "./x",
-        "a//x",
-        "a/",
-        "a\0x",
-        "\ud800",
-        "manifest.json",
-    ],
-)
-def test_a_name_that_could_leave_the_folder_is_refused(name):
-    assert (
-        read_bytes_as_manifest(json.dumps({**GOOD, "files": {"a.bin": ENTRY, name: ENTRY}}).encode()) is None
-    )
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"stage": "ppo"},
-        {"stage": ["dpo"]},
-        {"step": -1},
-        {"step": True},
-        {"step": 1.0},
-        {"step": "1"},
-        {"step": None},
-        {"files": []},
-    ]
-    + [
-        {"files": {"a": entry}}
-        for entry in (None, {}, {**ENTRY, "bytes": -1}, {**ENTRY, "sha256": "0" * 63}, {**ENTRY, "sha256": 0})
-    ],
-)
-def test_a_manifest_of_another_shape_is_refused(wrong):
-    assert read_bytes_as_manifest(json.dumps({**GOOD, **wrong}).encode()) is None
-
-
-@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EIO, errno.EACCES])
-def test_a_lost_mount_reads_as_no_checkpoint(tmp_path, monkeypatch, number):
-    write_slot(make_checkpoint(tmp_path / "local", 1), tmp_path / "slot-0")
-
-    def lost(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mirror, "hash_file", lost)
-        assert (verify_folder(tmp_path / "slot-0"), find_valid_slots(tmp_path)) == (None, [])
-        patch.setattr(Path, "read_bytes", lost)
-        assert read_manifest(tmp_path / "slot-0") is None
-
-
-def test_the_module_needs_no_torch():
-    import subprocess
-
-    code = "import sys, dpo_helpers.keep.mirror; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_slot_that_cannot_be_read_is_not_written(tmp_path, drive):
+    drive.root.mkdir()
+    copy_in_place(make_checkpoint(tmp_path / "local-1", 1), drive.root / "slot-0")
+    before = contents(drive.root)
+    drive.fault = fail(errno.EIO, "read", name=WEIGHTS)(None)
+    kept = open_mirror(drive.root)
+    kept.submit(make_checkpoint(tmp_path / "local-2", 2))
+    assert kept.finish(5) is False
+    drive.fault = no_fault
+    assert {name: data for name, data in contents(drive.root).items() if name != "run.json"} == before
+    assert kept.finish(5) and steps(drive.root) == [("slot-1", 2), ("slot-0", 1)]

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_helpers.config import RunConfig
 from dpo_helpers.data.prompt import PROMPT_TEMPLATE
-from dpo_helpers.keep.storage import load_run
+from dpo_helpers.keep.result import load_run
 from dpo_helpers.model.answer import generate_response
 
 pytestmark = pytest.mark.versions
@@ -110,7 +110,7 @@ def test_a_new_process_gives_the_same_log_probs_and_answers_as_the_loaded_run(fi
 
 def test_the_saved_adapter_is_the_trained_one(tiny_models, rows, start_run):
     from dpo_helpers.judge.scores import score_rows
-    from dpo_helpers.keep.storage import save_model
+    from dpo_helpers.keep.result import save_model
     from dpo_helpers.train.trainers import build_dpo_trainer, train_dpo
 
     config = RunConfig(model_name=str(tiny_models["gpt2"]), learning_rate=1e-3, sft_epochs=0)
