@@ -58,7 +58,8 @@ def model(tiny_models, tmp_path):
 CODE = """
 from pathlib import Path
 Path(__file__).with_name("RAN").touch()
-from transformers import GPT2Config as Own, GPT2LMHeadModel as OwnModel, PreTrainedTokenizerFast as OwnTokenizer
+from transformers import GPT2Config as Own, GPT2LMHeadModel as OwnModel
+from transformers import PreTrainedTokenizerFast as OwnTokenizer
 """
 
 

@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 
 from dpo_helpers.data.prompt import strip_question
-from dpo_helpers.data.tokens import encode_prompts
+from dpo_helpers.data.tokens import encode_prompts, find_end_of_turn
 from dpo_helpers.machine import halve_on_out_of_memory
 
 # The roles of one PeftModel, as a reader meets them. The reference is the model before DPO.
@@ -93,7 +93,8 @@ def find_stop_tokens(model, tokenizer) -> list[int]:
     """
     own = model.generation_config.eos_token_id
     ids = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *(token for token in ids if token is not None)})
+    ids = [tokenizer.eos_token_id, find_end_of_turn(tokenizer), *ids]
+    return sorted({token for token in ids if token is not None})
 
 
 def answer_roles(model, tokenizer, questions: list[str], roles=tuple(ANSWER_ROLES)) -> list[dict[str, str]]:
