@@ -111,7 +111,7 @@ def test_a_leaked_adapter_stops_the_comparison(small_peft_model):
     check_before(model, tokenizer, rows, before, 64)
     with torch.no_grad():  # what a forgotten merge does: the base's own weights hold the adapter
         layer = model.get_base_model().transformer.h[0].attn.c_attn.base_layer
-        layer.weight += 1.0
+        layer.weight.mul_(5.0)
     with pytest.raises(UserError, match=r"ベースモデルの対数確率.*前後の比較を止めました"):
         check_before(model, tokenizer, rows, before, 64)
 
